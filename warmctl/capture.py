@@ -1,0 +1,150 @@
+"""Where the loss comes from when the user's loop does not hand over a closure.
+
+A model that returns its own loss (Hugging Face, nanoGPT) is recorded by a forward hook: the arguments of its last
+training forward, the random state and the autocast mode before it. Nothing in the user's loop changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from warmctl.replay import RandomState
+from warmctl.vectors import local
+
+
+def find_loss(output: Any) -> Tensor | None:
+    """The loss in a model's output: `.loss`, or the one scalar that requires grad in a tuple, list or dict."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss if loss.numel() == 1 and loss.requires_grad else None
+    items = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
+    scalars = [t for t in items if isinstance(t, Tensor) and t.numel() == 1 and t.requires_grad]
+    return scalars[0] if len(scalars) == 1 else None
+
+
+class ModelCapture:
+    """Remembers the model's last training forward that returned a loss.
+
+    Attributes:
+        forwards: how many there were since `clear`; more than one means gradient accumulation.
+        loss: the value of the last one, detached.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.enabled = True
+        self.clear()
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
+        ]
+
+    def clear(self) -> None:
+        """Forget the batch."""
+        self.forwards = 0
+        self.loss: Tensor | None = None
+        self.random_state: RandomState | None = None
+        self._call: tuple[Any, Any, list[Any]] | None = None
+        self._pending: tuple[tuple[Any, Any, list[Any]], RandomState] | None = None
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.enabled = False
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    def closure(self) -> Callable[[], Tensor] | None:
+        """Repeats the recorded forward and calls backward on its loss; None if nothing was recorded."""
+        if self._call is None:
+            return None
+        args, kwargs, autocast = self._call
+
+        def closure() -> Tensor:
+            with ExitStack() as stack:
+                for context in autocast:
+                    stack.enter_context(torch.autocast(**context))
+                loss = find_loss(self.model(*args, **kwargs))
+            if loss is None:
+                raise RuntimeError("the model returned no loss when its forward was repeated")
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        return closure
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.enabled or not torch.is_grad_enabled():
+            return
+        devices = list(dict.fromkeys(p.device for p in self.model.parameters()))
+        autocast = [
+            {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": True}
+            for kind in dict.fromkeys(["cpu", *(d.type for d in devices)])
+            if torch.is_autocast_enabled(kind)
+        ]
+        self._pending = (args, kwargs, autocast), RandomState(devices)
+
+    def _confirm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.enabled or self._pending is None:
+            return
+        call, random_state = self._pending
+        self._pending = None
+        loss = find_loss(output)
+        if loss is not None:
+            self._call, self.random_state, self.loss = call, random_state, loss.detach()
+            self.forwards += 1
+
+    def __reduce__(self) -> Any:
+        return ModelCapture, (self.model,)
+
+
+class _Hook:
+    """Forwards to a capture while it lives; a copied or unpickled model has one that does nothing."""
+
+    def __init__(self, capture: ModelCapture | None, method: str) -> None:
+        self.capture, self.method = (lambda: None) if capture is None else weakref.ref(capture), method
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        capture = self.capture()
+        if capture is not None:
+            getattr(capture, self.method)(module, *args)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None, self.method)
+
+
+class GradientWatch:
+    """Tells whether `.grad` is what one backward pass left there, by the version of one (the smallest) gradient.
+
+    Clipping, unscaling and accumulation all write to every gradient, so one is enough to see them, at no cost.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.param = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
+        self.clear()
+        self._handle = (
+            None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)
+        )
+
+    def clear(self) -> None:
+        """A step was made: the next gradient begins."""
+        self.passes, self._version = 0, -1
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    @property
+    def untouched(self) -> bool:
+        grad = None if self.param is None else self.param.grad
+        return self.passes == 1 and grad is not None and local(grad)._version == self._version
+
+    def _accumulated(self, param: Tensor) -> None:
+        if param.grad is not None:
+            self.passes += 1
+            self._version = local(param.grad)._version

@@ -1,0 +1,94 @@
+"""The wrapper's state inside the optimizer's own state dict, in a form that every checkpoint format carries.
+
+torch.distributed.checkpoint keeps only `state` and `param_groups`. So the numbers travel as one float64 tensor in the first
+group and the eigenvector as one more entry beside each parameter's moments. The latter is there even before the first
+probe (zeros): a sharded checkpoint is read into the structure that a fresh wrapper announces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+NUMBERS, VECTOR = "warmctl", "warmctl_vector"
+FORMAT = 1.0
+
+
+@dataclass
+class Counts:
+    """Steps and probes made, and what they cost in gradient evaluations."""
+
+    steps: float = 0.0
+    gradients: float = 0.0
+    probes: float = 0.0
+    hvps: float = 0.0
+    cost: float = 0.0
+
+    def state_values(self) -> list[float]:
+        return [float(v) for v in asdict(self).values()]
+
+    def load_state_values(self, values: list[float]) -> None:
+        for field, value in zip(fields(self), values, strict=True):
+            setattr(self, field.name, value)
+
+
+def announce(optimizer: Optimizer, numbers: list[float]) -> None:
+    """Put the numbers into the live first group, for formats that read the keys to restore from there."""
+    optimizer.param_groups[0][NUMBERS] = torch.tensor([FORMAT, *numbers], dtype=torch.float64)
+
+
+def pack(
+    state_dict: dict[str, Any], numbers: list[float], params: list[Tensor], vector: dict[Tensor, Tensor]
+) -> dict[str, Any]:
+    """A copy of the wrapped optimizer's `state_dict` with the wrapper's numbers and vector in it.
+
+    Args:
+        params: all parameters, in the order of the groups.
+        vector: this process's part of the eigenvector, by trainable parameter.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    groups[0][NUMBERS] = torch.tensor([FORMAT, *numbers], dtype=torch.float64)
+    state = dict(state_dict["state"])
+    for index, p in enumerate(params):
+        if p in vector:
+            state[index] = {**state.get(index, {}), VECTOR: _like(p, vector[p])}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def unpack(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[float] | None, list[Tensor | None]]:
+    """The wrapped optimizer's state dict, the numbers, and the vector in the order of the parameters.
+
+    The numbers are None if the state dict was saved by a bare optimizer.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    numbers = groups[0].get(NUMBERS) if groups else None
+    for group in groups:
+        group.pop(NUMBERS, None)
+    state, vectors = {}, {}
+    for key, entry in state_dict["state"].items():
+        if isinstance(entry, dict) and VECTOR in entry:
+            vectors[key] = entry[VECTOR]
+            entry = {name: value for name, value in entry.items() if name != VECTOR}
+            if not entry:
+                continue
+        state[key] = entry
+    values = None if numbers is None else [float(v) for v in numbers]
+    if values is not None and values[0] != FORMAT:
+        raise ValueError(f"this checkpoint has warmctl's state in format {values[0]:g}; this version reads {FORMAT:g}")
+    order = [vectors.get(key) for group in groups for key in group["params"]]
+    return {**state_dict, "state": state, "param_groups": groups}, values and values[1:], order
+
+
+def _like(param: Tensor, part: Tensor) -> Tensor:
+    """`part` as a DTensor where the parameter is one, so that it is saved and resharded like it."""
+    if not hasattr(param, "_local_tensor"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, param.device_mesh, param.placements, shape=param.shape, stride=param.stride(), run_check=False
+    )

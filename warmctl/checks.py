@@ -1,0 +1,97 @@
+"""Arguments checked where they come in: each error names the argument, what was given and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from warmctl.estimator import ESTIMATORS
+from warmctl.operators import METHODS
+
+AFTER = ("guard", "hold", "release")
+
+
+def wrapped(optimizer: Any, model: Any) -> None:
+    """Raise unless `optimizer` can be wrapped and holds parameters of `model`."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if hasattr(optimizer, "base") and hasattr(optimizer, "controller"):
+        raise TypeError("optimizer is an AdaptiveWarmup already: wrap the plain optimizer once")
+    if isinstance(optimizer, LBFGS):
+        raise TypeError(
+            "LBFGS chooses its own step length and evaluates its closure many times a step: there is no warmup to adapt"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(f"every parameter group of {type(optimizer).__name__} must have an 'lr' to scale")
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    owned = {id(p) for p in model.parameters()}
+    strangers = sum(id(p) not in owned for p in held)
+    if strangers:
+        raise ValueError(
+            f"{strangers} of the optimizer's {len(held)} parameters are not parameters of model "
+            f"({type(model).__name__}): pass the module that was given to the optimizer, after .to(device)"
+        )
+    if not any(p.requires_grad for p in held):
+        raise ValueError("all parameters of the optimizer are frozen (requires_grad=False): there is nothing to train")
+    if any(p.device.type == "meta" for p in held):
+        raise ValueError("model has parameters on the meta device: materialise it (to_empty and load) before wrapping")
+    if any(p.is_complex() for p in held):
+        raise ValueError("model has complex parameters: curvature is defined for real ones; use torch.view_as_real")
+
+
+def options(
+    target: Any,
+    loss_fn: Any,
+    every: Any,
+    budget: Any,
+    hvp: Any,
+    estimator: Any,
+    probe_steps: Any,
+    after: Any,
+    max_warmup: Any,
+) -> None:
+    """Raise unless AdaptiveWarmup's options make sense."""
+    if not (_is_number(target) and 0 < target <= 1.5):
+        raise ValueError(f"target must be in (0, 1.5], a fraction of the edge of stability at 1, got {target!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}")
+    if every != "auto" and not (_is_integer(every) and every >= 1):
+        raise ValueError(f"every must be 'auto' or a number of steps of at least 1, got {every!r}")
+    if not (_is_number(budget) and 0 < budget <= 1):
+        raise ValueError(f"budget must be in (0, 1], a share of the gradient evaluations of training, got {budget!r}")
+    _one_of("hvp", hvp, METHODS)
+    _one_of("estimator", estimator, tuple(ESTIMATORS))
+    if not (_is_integer(probe_steps) and probe_steps >= 1):
+        raise ValueError(f"probe_steps must be at least 1, got {probe_steps!r}")
+    _one_of("after", after, AFTER)
+    if max_warmup is not None and not (_is_integer(max_warmup) and max_warmup >= 1):
+        raise ValueError(f"max_warmup must be None or a number of steps of at least 1, got {max_warmup!r}")
+
+
+def returned_loss(loss: Any, has_gradient: bool, called_backward: bool) -> None:
+    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step altogether is let through."""
+    if isinstance(loss, Tensor) and loss.requires_grad and not called_backward:
+        raise RuntimeError("the closure returned a loss but did not call loss.backward() on it")
+    if not has_gradient:
+        return
+    if loss is None:
+        raise TypeError("the closure returned None: it must return the loss it called backward on")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return a scalar loss")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,145 @@
+"""`sharpness`: the largest eigenvalue of a model's Hessian in one line."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from warmctl.eigen import EigenResult, lanczos
+from warmctl.operators import HessianOperator
+from warmctl.replay import RandomState, Replay
+from warmctl.vectors import Vector, add_, dot, locals_of
+
+
+def sharpness(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    *,
+    tol: float = 1e-3,
+    method: str = "auto",
+    steps: int = 100,
+    seed: int = 0,
+) -> EigenResult:
+    """Largest algebraic eigenvalue of the Hessian of the loss in the trainable parameters of `model`.
+
+    The model is used in its present mode and left without a trace: parameters, gradients, buffers, random streams
+    and modes stay as they are. With several batches the loss is Σ n_b L_b / Σ n_b, where n_b is the first dimension
+    of the first tensor in batch b: the loss on all rows at once, if each L_b is a mean over rows.
+
+    Args:
+        loss_fn: loss_fn(model, batch) -> scalar tensor.
+        batch: one batch (a tensor, tuple, dict or list of tensors), or several (a DataLoader, an iterator, or a list
+            of tuples, lists or dicts). An iterable is read once and its batches are kept.
+        tol: stops when the residual ‖Hv − λv‖ is at most `tol`·|λ|.
+        method: as in `HessianOperator`; "auto" is double backward, or central differences where the model has no
+            second derivative.
+        steps: products at most, and parameter-sized vectors in memory at most.
+        seed: of the random start vector.
+
+    Returns: eigenvalue, unit eigenvector, residual, products spent, and whether the residual met `tol`. If it did
+    not, a RuntimeWarning says so; the eigenvalue is then a lower bound.
+
+    Cost: on one batch 2.4 gradient evaluations a product and 1.3 once; on several 3.7 a product (2 by differences),
+    with the graph of one batch in memory at a time. 10 to 60 products are usual for tol=1e-3.
+
+    Raises: ValueError without trainable parameters, without batches, or if the loss is not a scalar; TypeError if it
+    is not a tensor.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no parameter that requires grad: there is no curvature to measure")
+    random_state = RandomState([p.device for p in params])
+    batches = _read(batch, random_state) if _is_several(batch) else [(batch, 1.0)]
+    losses = [
+        (Replay.of_loss(lambda b=b: loss_fn(model, b), params, module=model, random_state=random_state), weight)
+        for b, weight in batches
+    ]
+    with _WeightedSum(losses, params, method) as operator:
+        result = lanczos(operator, steps=steps, tol=tol, seed=seed)
+    if not result.converged:
+        warnings.warn(
+            f"sharpness did not reach tol={tol:g}: residual {result.residual:.3g} at eigenvalue "
+            f"{result.eigenvalue:.6g} after {result.hvps} products; give more steps or a larger tol",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+class _WeightedSum:
+    """Σ w_b H_b. A single graph is kept between products; those of several batches are built and freed in turn."""
+
+    def __init__(self, losses: list[tuple[Replay, float]], params: list[Tensor], method: str) -> None:
+        self.losses, self.params, self.method = losses, params, method
+        self.inner = dot
+        self.single = self._operator(losses[0][0]) if len(losses) == 1 else None
+
+    @property
+    def template(self) -> Vector:
+        return locals_of(self.params)
+
+    def matvec(self, vector: Vector) -> Vector:
+        if self.single is not None:
+            return self.single.matvec(vector)
+        total = [torch.zeros_like(v) for v in vector]
+        for loss, weight in self.losses:
+            with self._operator(loss) as operator:
+                add_(total, operator.matvec(vector), weight)
+                self.method = operator.method  # once "auto" has fallen back it need not try again
+        return total
+
+    def _operator(self, loss: Replay) -> HessianOperator:
+        return HessianOperator(loss, self.params, self.method, central=True)
+
+    def __enter__(self) -> _WeightedSum:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.single is not None:
+            self.single.close()
+
+
+def _is_several(batch: Any) -> bool:
+    if isinstance(batch, list):
+        return all(isinstance(item, (tuple, list, Mapping)) for item in batch)
+    return isinstance(batch, Iterable) and not isinstance(batch, (Tensor, tuple, Mapping, str))
+
+
+def _read(batches: Iterable[Any], random_state: RandomState) -> list[tuple[Any, float]]:
+    """The batches with their share of the rows. Iterating a loader draws random numbers: they are put back."""
+    generators = {
+        id(g): g
+        for owner in (batches, getattr(batches, "sampler", None))
+        if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+    }
+    states = [(g, g.get_state()) for g in generators.values()]
+    try:
+        kept = list(batches)
+    finally:
+        random_state.restore()
+        for generator, state in states:
+            generator.set_state(state)
+    sizes = [_rows(batch) for batch in kept]
+    if not sum(sizes):
+        raise ValueError("there are no batches to measure on: the iterable is empty (or was read before)")
+    return [(batch, n / sum(sizes)) for batch, n in zip(kept, sizes, strict=True) if n]
+
+
+def _rows(batch: Any) -> int:
+    first = _first_tensor(batch)
+    if first is None:
+        raise ValueError(f"a batch of several must hold a tensor, whose first dimension is its size; got {type(batch).__name__}")
+    return first.shape[0]
+
+
+def _first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor with a dimension."""
+    if isinstance(tree, Tensor):
+        return tree if tree.ndim else None
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (tuple, list)) else ()
+    return next((t for item in items if (t := _first_tensor(item)) is not None), None)

@@ -1,0 +1,81 @@
+"""What all ranks must agree on: gradients averaged over ranks, inner products over shards, one decision.
+
+Without an initialised process group, or with a single rank, everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from warmctl.vectors import Vector, dot, local
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_sharded(params: Sequence[Tensor]) -> bool:
+    """Whether a parameter is a DTensor, as under FSDP2 or tensor parallelism."""
+    return any(hasattr(p, "_local_tensor") for p in params)
+
+
+@torch.no_grad()
+def average_(vector: Vector) -> None:
+    """Mean over ranks in place, one collective per dtype and device.
+
+    Right whether or not DDP has already averaged: the mean of equal values is that value.
+    """
+    world = world_size()
+    if world == 1:
+        return
+    for kind in dict.fromkeys((t.dtype, t.device) for t in vector):
+        members = [t for t in vector if (t.dtype, t.device) == kind]
+        flat = torch.cat([t.flatten() for t in members])
+        dist.all_reduce(flat)
+        flat /= world
+        parts = flat.split([t.numel() for t in members])
+        torch._foreach_copy_(members, [part.view_as(t) for part, t in zip(parts, members, strict=True)])
+
+
+def agree(values: Sequence[float], device: torch.device) -> list[float]:
+    """Mean over ranks of each number, the same on every rank to the last bit. Costs one small collective."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    mean: list[float] = (tensor / world_size()).tolist()
+    return mean
+
+
+def inner_product(params: Sequence[Tensor]) -> Callable[[Vector, Vector], float]:
+    """The inner product of parameter-shaped vectors: local, or summed over the shards of all ranks."""
+    if not is_sharded(params):
+        return dot
+    weights, device = _shard_weights(params), local(params[0]).device
+
+    def inner(a: Vector, b: Vector) -> float:
+        return agree([dot(a, b, weights)], device)[0] * world_size()
+
+    return inner
+
+
+def _shard_weights(params: Sequence[Tensor]) -> list[float]:
+    """Weights with which local inner products add up, over all ranks, to the global one.
+
+    A shard counts once, a copy 1/n times where n ranks hold it.
+    """
+    world = world_size()
+    weights = []
+    for p in params:
+        mesh, placements = getattr(p, "device_mesh", None), getattr(p, "placements", ())
+        if mesh is None:
+            weights.append(1 / world)
+            continue
+        copies = math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
+        weights.append(1 / (copies * (world // mesh.size())))
+    return weights

@@ -1,0 +1,155 @@
+"""Measuring the stability ratio at the full scheduled rate: one number a probe, with its residual and its cost.
+
+The estimator measures and does not decide. It builds D^½ H D^½ from the optimizer's state and the gradient of the
+coming step, starts Lanczos where the last probe ended, and keeps nothing but one unit vector between probes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from warmctl import distributed
+from warmctl.eigen import WARM_START_NOISE, lanczos, power_iteration
+from warmctl.operators import HessianOperator, ScaledOperator
+from warmctl.replay import Replay
+from warmctl.update_rules import UpdateRule, learning_rate
+from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like
+
+Inner = Callable[[Vector, Vector], float]
+ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one probe found. Ratios are dimensionless, at the full scheduled rate, with the edge of stability at 1.
+
+    Attributes:
+        ratio: r₁ = λ_max(D^½ H D^½), a lower bound of it by Lanczos; nan if the probe failed.
+        residual: of the Ritz pair, relative to the ratio.
+        sharpness: ratio in units of curvature, λ = r₁ τ / η of the first group with a rate.
+        threshold: τ of that group.
+        hvps: products; cost: gradient evaluations, all included.
+        reason: why it failed, or "".
+    """
+
+    ratio: float
+    residual: float
+    sharpness: float
+    threshold: float
+    hvps: int
+    cost: float
+    reason: str = ""
+
+    def times(self, weight: float) -> Measurement:
+        """Of a loss `weight` times as large."""
+        return replace(self, ratio=self.ratio * weight, sharpness=self.sharpness * weight)
+
+
+def failed(reason: str, cost: float = 0.0) -> Measurement:
+    """A probe that came to nothing."""
+    return Measurement(math.nan, math.nan, math.nan, math.nan, 0, cost, reason)
+
+
+class SharpnessEstimator:
+    """Tracks r₁ of an optimizer with a known update rule.
+
+    Args:
+        optimizer: the wrapped optimizer, read only.
+        rule: its update rule; None if it has none, and then there is nothing to measure here.
+        hvp: method of the Hessian-vector product, as in `HessianOperator`.
+        estimator: "lanczos" or "power".
+        steps: products a probe.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rule: UpdateRule | None, hvp: str, estimator: str, steps: int
+    ) -> None:
+        self.optimizer, self.rule = optimizer, rule
+        self.method, self.solve, self.steps = hvp, ESTIMATORS[estimator], steps
+        self.vector: Vector | None = None
+
+    def measure(self, replay: Replay, gradient: Vector | None, seed: int) -> Measurement:
+        """One probe on the loss of `replay`.
+
+        Args:
+            gradient: of that loss at the present parameters if it is at hand; saves one evaluation.
+            seed: of Lanczos' random component.
+
+        Cost: `steps` products. Memory: snapshot, D^½, one gradient and one vector a step, all given back but the
+        eigenvector.
+        """
+        inner = distributed.inner_product(replay.params)
+        with HessianOperator(replay, replay.params, self.method, gradient=gradient, inner=inner) as operator:
+            return self.measure_on(operator, seed)
+
+    def measure_on(self, operator: HessianOperator, seed: int) -> Measurement:
+        """One probe on a Hessian that is there already."""
+        params, inner = operator.params, operator.inner
+        root, shift, sign = self.scaling(params)
+        scaled = ScaledOperator(operator, root, shift, sign)
+        start = self._start(root, params, inner, seed)
+        result = self.solve(scaled, start=start, steps=self.steps, tol=0.0, noise=0.0)
+        if math.isfinite(result.eigenvalue):
+            self.vector = result.eigenvector
+        rate, threshold = self._reference()
+        return Measurement(
+            ratio=result.eigenvalue,
+            residual=result.residual / max(abs(result.eigenvalue), 1e-30),
+            sharpness=result.eigenvalue * threshold / rate if rate > 0 else math.nan,
+            threshold=threshold,
+            hvps=result.hvps,
+            cost=operator.cost,
+            reason="" if math.isfinite(result.eigenvalue) else "the probe was not finite",
+        )
+
+    def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
+        """Continue from a saved eigenvector; zeros or gaps mean that there was none."""
+        parts = [local(v) for v in vector if v is not None]
+        self.vector = None
+        if len(parts) == len(params) and distributed.inner_product(params)(parts, parts) > 0.0:
+            self.vector = [v.to(local(p), copy=True) for v, p in zip(parts, params, strict=True)]
+
+    def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:
+        """D^½ (zero where the coming step moves nothing), coupled weight decay per tensor, and the sign of H."""
+        known = {id(p): i for i, p in enumerate(params)}
+        root = [torch.zeros_like(t) for t in locals_of(params)]
+        shift = [0.0] * len(params)
+        for group in self.optimizer.param_groups:
+            members = [p for p in group["params"] if id(p) in known and p.grad is not None]
+            states = [_local_state(self.optimizer.state.get(p, {})) for p in members]
+            grads = [dense_gradient(p) for p in members]
+            scale = self.rule.scale(locals_of(members), grads, states, group)
+            for p, d in zip(members, scale, strict=True):
+                root[known[id(p)]] = d.clamp_(min=0.0).sqrt_()
+                shift[known[id(p)]] = self.rule.coupled_decay(group)
+        sign = -1.0 if self.optimizer.param_groups[0].get("maximize", False) else 1.0
+        return root, shift, sign
+
+    def _start(self, root: Vector, params: Sequence[Tensor], inner: Inner, seed: int) -> Vector:
+        """The last eigenvector and a little of the preconditioned gradient with random signs; at first its own signs.
+
+        Noise with the gradient's magnitudes is zero in rows that the loss does not reach, where an adaptive D is
+        enormous and plain noise would drown a finite difference.
+        """
+        update = [dense_gradient(p) * r for p, r in zip(params, root, strict=True)]
+        if self.vector is None or [v.shape for v in self.vector] != [r.shape for r in root]:
+            return update
+        length = math.sqrt(inner(update, update))
+        torch._foreach_mul_(update, [noise.sign_() for noise in random_like(root, seed)])
+        return add_([v.clone() for v in self.vector], update, WARM_START_NOISE / length if length > 0 else 0.0)
+
+    def _reference(self) -> tuple[float, float]:
+        """Rate and threshold of the first group with a rate above 0."""
+        for group in self.optimizer.param_groups:
+            if learning_rate(group) > 0:
+                return learning_rate(group), self.rule.threshold(group)
+        return 0.0, self.rule.threshold(self.optimizer.param_groups[0])
+
+
+def _local_state(state: dict[str, object]) -> dict[str, object]:
+    return {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}

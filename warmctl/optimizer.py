@@ -1,0 +1,460 @@
+"""AdaptiveWarmup: the wiring between a user's optimizer, the probe and the controller, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from warmctl import checkpoint, checks, distributed
+from warmctl.cadence import Cadence
+from warmctl.capture import GradientWatch
+from warmctl.controller import Controller, Reading
+from warmctl.estimator import Measurement, SharpnessEstimator
+from warmctl.history import History
+from warmctl.probe import NO_SOURCE, Evaluation, Prober
+from warmctl.replay import Closure, RandomState, intercept_backward
+from warmctl.update_rules import learning_rate, update_rule
+from warmctl.vectors import local, locals_of
+
+log = logging.getLogger("warmctl")
+
+
+class AdaptiveWarmup(Optimizer):
+    """Learning-rate warmup without `warmup_steps`, around any PyTorch optimizer.
+
+    Every few steps a probe measures the stability ratio of the coming update (edge of stability at 1); a controller
+    scales the scheduled rates inside `step` so that the ratio stays below `target`, raises the scale as fast as the
+    landscape allows and ends warmup by itself. Outside `step` the rates are the schedule's alone.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` but LBFGS. One without a registered update rule is measured along the
+            update that it really makes.
+        model: the module whose parameters the optimizer holds; its buffers and modes are put back after probes.
+        target: the stability ratio to stay below, in (0, 1.5].
+        loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
+        every: steps between probes, or "auto": events and a budget decide.
+        budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
+        hvp: "auto", "finite_difference", "double_backward" or "forward_over_reverse", see `HessianOperator`.
+        estimator: "lanczos" or "power".
+        probe_steps: Hessian-vector products a probe.
+        after: when warmup has ended, "guard" goes on with sparse probes that can only cut the scale, "hold" keeps it,
+            "release" returns to the schedule.
+        control: False only monitors: the trajectory is bitwise that of the bare optimizer.
+        max_warmup: steps after which warmup ends in any case.
+        seed: of the probes' own random numbers.
+
+    Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
+    differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one.
+
+    Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        target: float = 0.5,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        every: int | str = "auto",
+        budget: float = 0.1,
+        hvp: str = "auto",
+        estimator: str = "lanczos",
+        probe_steps: int = 2,
+        after: str = "guard",
+        control: bool = True,
+        max_warmup: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        checks.wrapped(optimizer, model)
+        checks.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup)
+        self.base = optimizer
+        self.model = model
+        self.control, self.probe_steps, self.seed = control, probe_steps, seed
+        self.rule = update_rule(optimizer)
+        self.estimator = SharpnessEstimator(optimizer, self.rule, hvp, estimator, probe_steps)
+        self.prober = Prober(model, self.estimator, loss_fn)
+        self.watch = GradientWatch(self._params())
+        self.controller = Controller(target=target, after=after, max_warmup=max_warmup)
+        self.cadence = Cadence(every=every, budget=budget)
+        self.counts = checkpoint.Counts()
+        self.history = History()
+        self.last: Measurement | None = None
+        self.metrics: dict[str, Any] = {}
+        self._graph_probe = _GraphProbe()
+        self._realised: _Realised | None = None
+        self._full_rates: list[Any] | None = None
+        self._said: set[str] = set()
+        self._publish("")
+        checkpoint.announce(optimizer, self._numbers())
+
+    # The wrapped optimizer's own state, shared and never copied
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.base.defaults
+
+    @property
+    def phase(self) -> str:
+        """One of "warmup", "guard", "done"."""
+        return self.controller.phase
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in PyTorch. Warmup starts again: the new parameters have never been measured."""
+        self.base.add_param_group(param_group)
+        self.restart()
+
+    def train(self) -> None:
+        """Forwarded for schedule-free optimizers; nothing for others."""
+        getattr(self.base, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Forwarded for schedule-free optimizers; nothing for others."""
+        getattr(self.base, "eval", lambda: None)()
+
+    def __repr__(self) -> str:
+        return f"AdaptiveWarmup({self.base!r}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+
+    # What the user calls
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """One step of the wrapped optimizer, at its scheduled rates times the scale.
+
+        Args:
+            closure: clears gradients, computes the loss, calls backward, returns the loss. A probe evaluates it again.
+
+        Returns: what the wrapped optimizer returns.
+        Raises: RuntimeError if there is no source of a loss; TypeError or ValueError for a closure that breaks its
+            contract. The parameters are as before then.
+        """
+        skipped = self._lend_scaler()
+        try:
+            if closure is not None:
+                return self.base.step(self._deciding(closure))
+            if not skipped:
+                loss = self.prober.capture.loss if self._graph_probe.loss is None else self._graph_probe.loss
+                self._decide(Evaluation(loss=loss, untouched=self.watch.untouched))
+            return self.base.step()
+        finally:
+            self._finish()
+
+    step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
+
+    def backward(self, loss: Tensor) -> None:
+        """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"backward(loss) takes a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
+        probe = self._graph_probe
+        probe.passes, probe.loss = probe.passes + 1, loss.detach()
+        measure = probe.wanted and probe.passes >= probe.passes_before and self.phase != "done"
+        measure = measure and self.rule is not None and not self.prober.has_source(Evaluation())
+        loss.backward(retain_graph=measure)  # type: ignore[no-untyped-call]
+        if measure:
+            probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
+
+    def observe(self, batch: Any) -> None:
+        """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
+        if self.prober.loss_fn is None:
+            raise ValueError("observe(batch) needs AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)")
+        self.prober.observed = batch, RandomState([p.device for p in self._params()])
+
+    def restart(self) -> None:
+        """Begin warmup again from here."""
+        self.controller.restart()
+        self.cadence.restart()
+        self.estimator.vector = None
+        self.prober.capture.enabled = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict and, inside it, the wrapper's: tensors and primitives only.
+
+        It is larger than the former by one parameter-sized vector, the eigenvector.
+        """
+        params = self._params()
+        vector = self.estimator.vector or [torch.zeros_like(t) for t in locals_of(params)]
+        by_param = dict(zip(params, vector, strict=True))
+        return checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
+
+        Raises: ValueError if the parameter groups have another layout than those that were saved.
+        """
+        bare, numbers, vector = checkpoint.unpack(state_dict)
+        self.base.load_state_dict(bare)
+        if numbers is None:
+            self.restart()
+            return
+        for part in self._parts():
+            size = len(part.state_values())
+            part.load_state_values(numbers[:size])
+            numbers = numbers[size:]
+        trainable = [v for v, p in zip(vector, self._all_params(), strict=True) if p.requires_grad]
+        self.estimator.load_vector(trainable, self._params())
+        self._publish("resumed")
+        checkpoint.announce(self.base, self._numbers())
+
+    # One step
+
+    def _deciding(self, closure: Closure) -> Closure:
+        """The closure handed to the wrapped optimizer: its first evaluation decides the step, before the rates are read."""
+        called = False
+
+        def evaluate() -> Any:
+            nonlocal called
+            if called or self.phase == "done":
+                with torch.enable_grad():
+                    return closure()
+            called = True
+            params = self._params()
+            random_state = RandomState([p.device for p in params])
+            versions: list[int] = []
+
+            def backward(original: Any, *args: Any, **kwargs: Any) -> None:
+                original(*args, **kwargs)
+                versions[:] = _versions(params)
+
+            with torch.enable_grad(), intercept_backward(backward):
+                loss = closure()
+            checks.returned_loss(loss, any(p.grad is not None for p in params), bool(versions))
+            value = loss.detach() if isinstance(loss, Tensor) else None if loss is None else torch.tensor(float(loss))
+            self._decide(Evaluation(closure, random_state, value, untouched=versions == _versions(params)))
+            return loss
+
+        return evaluate
+
+    def _decide(self, evaluation: Evaluation) -> None:
+        """Probe if due, ask the controller, scale the rates. Does nothing for a step that moves nothing."""
+        params = self._params()
+        rate = max((learning_rate(group) for group in self.param_groups), default=0.0)
+        if rate <= 0.0 or all(p.grad is None for p in params):
+            return
+        self.counts.steps += 1
+        self.counts.gradients += 1
+        if self.phase == "done" and not self.controller.moving:
+            self._scale_rates(self.controller.state.scale)
+            self._publish("")
+            return
+        loss, norm = self._signals(evaluation, params)
+        due = self.cadence.due(loss, norm, self._probe_cost(), guarding=self.phase != "warmup")
+        found = self._measure(due, evaluation, params) if math.isfinite(norm) else None
+        if found is not None:
+            self.last = found
+            self.counts.probes += 1
+            self.counts.hvps += found.hvps
+            self.counts.cost += found.cost
+            self.cadence.spent(found.cost)
+            if found.reason:
+                self._warn(found.reason)
+        was = self.phase
+        decision = self.controller.update(rate, None if found is None else Reading(found.ratio, found.reason))
+        if self.phase != was:
+            log.info("step %d: %s", int(self.counts.steps), decision.reason)
+        self._scale_rates(decision.scale)
+        self._publish(decision.reason, loss=loss, probed=found is not None, ratio=decision.ratio)
+
+    def _measure(self, due: str, evaluation: Evaluation, params: list[Tensor]) -> Measurement | None:
+        """The reading for this step, if there is one: made now, on the live graph before, or on the last update."""
+        if self.rule is None:
+            found = None if self._realised is None else self._realised.found
+            self._realised = _Realised(evaluation, params) if due else None
+            return found
+        graph = self._graph_probe
+        if graph.found is not None:
+            return graph.found.times(graph.passes)
+        if not due:
+            return None
+        if not self.prober.has_source(evaluation):
+            if graph.passes == 0:
+                raise RuntimeError(NO_SOURCE)
+            graph.wanted = True
+            return None
+        return self.prober.probe(evaluation, params, self._probe_seed())
+
+    def _finish(self) -> None:
+        """After the update: the schedule's own rates again, the batch forgotten."""
+        scale = self.controller.state.scale
+        if self._full_rates is not None:
+            for group, rate in zip(self.param_groups, self._full_rates, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].copy_(rate)
+                else:
+                    group["lr"] = rate
+            self._full_rates = None
+        if self._realised is not None and self._realised.found is None:
+            self._realised.measure(self.prober, scale)
+        self._graph_probe.next_step()
+        self.prober.forget()
+        self.watch.clear()
+        for name in ("grad_scale", "found_inf"):
+            self.base.__dict__.pop(name, None)
+
+    def _scale_rates(self, scale: float) -> None:
+        if not self.control or scale == 1.0:
+            return
+        self._full_rates = []
+        for group in self.param_groups:
+            rate = group["lr"]
+            if isinstance(rate, Tensor):
+                self._full_rates.append(rate.clone())
+                rate.mul_(scale)
+            else:
+                self._full_rates.append(rate)
+                group["lr"] = rate * scale
+
+    def _signals(self, evaluation: Evaluation, params: list[Tensor]) -> tuple[float, float]:
+        """Loss and gradient norm of this step, the same on every rank."""
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        norms = torch._foreach_norm([g if g.layout == torch.strided else g.coalesce().values() for g in grads])
+        home = norms[0].device
+        square = torch.stack([n.to(home, torch.float64) for n in norms]).square().sum()
+        loss = torch.full_like(square, math.nan) if evaluation.loss is None else evaluation.loss.to(square)
+        found: list[float] = torch.stack([loss.reshape(()), square]).tolist()
+        found = distributed.agree(found, home)
+        return found[0], math.sqrt(found[1]) if found[1] >= 0 else math.nan
+
+    def _lend_scaler(self) -> bool:
+        """Hand what GradScaler left on this object to the wrapped optimizer. True if the step will be skipped."""
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        if found_inf is None:
+            return False
+        self.base.grad_scale, self.base.found_inf = scale, found_inf  # type: ignore[attr-defined]
+        if self.phase == "done":
+            return False
+        if float(found_inf) != 0.0:
+            return True
+        if scale is not None:  # unscale here, as the fused kernel would: a probe needs the true gradient
+            grads = [local(p.grad) for p in self._params() if p.grad is not None]
+            torch._foreach_div_(grads, scale.to(grads[0].device))
+            self.base.grad_scale = None  # type: ignore[attr-defined]
+        return False
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(getattr(self.base, "_step_supports_amp_scaling", False))
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _params(self) -> list[Tensor]:
+        """The trainable parameters, group by group."""
+        return [p for p in self._all_params() if p.requires_grad]
+
+    def _probe_cost(self) -> float:
+        return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
+
+    def _probe_seed(self) -> int:
+        return self.seed + int(self.counts.probes)
+
+    def _warn(self, reason: str) -> None:
+        """Say once for each kind of failure what went wrong; the numbers are in the history."""
+        kind = reason.split(":")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"warmctl: a probe failed, the learning rate is held: {reason}", RuntimeWarning, stacklevel=4)
+
+    def _publish(self, reason: str, loss: float = math.nan, probed: bool = False, ratio: float = math.nan) -> None:
+        counts, last, group = self.counts, self.last, self.param_groups[0]
+        scale = self.controller.state.scale if self.control else 1.0
+        scheduled = learning_rate(group)
+        self.metrics = {
+            "step": int(counts.steps),
+            "phase": self.phase,
+            "scale": scale,
+            "lr": scale * scheduled,
+            "sharpness": last.sharpness if last else math.nan,
+            "threshold": last.threshold if last else math.nan,
+            "stability_ratio": ratio,
+            "target": self.controller.target,
+            "residual": last.residual if last else math.nan,
+            "hvps": int(counts.hvps),
+            "probes": int(counts.probes),
+            "overhead": counts.cost / max(counts.gradients, 1.0),
+            "reason": reason,
+        }
+        if counts.steps:
+            self.history.append({**self.metrics, "scheduled_lr": scheduled, "loss": loss, "probed": probed})
+
+    # State
+
+    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts]:
+        return self.controller, self.cadence, self.counts
+
+    def _numbers(self) -> list[float]:
+        return [value for part in self._parts() for value in part.state_values()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient = {"watch", "_graph_probe", "_realised", "_full_rates", "grad_scale", "found_inf"}
+        return {name: value for name, value in self.__dict__.items() if name not in transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.estimator.optimizer = self.base
+        self.watch = GradientWatch(self._params())
+        self._graph_probe, self._realised, self._full_rates = _GraphProbe(), None, None
+
+
+# The hooks of the wrapper are those of the base, so that they are registered once and fire once.
+for _name in (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+):
+    setattr(AdaptiveWarmup, _name, property(lambda self, name=_name: getattr(self.base, name)))
+
+
+@dataclass
+class _GraphProbe:
+    """A probe on the live graph of `backward(loss)`: asked for at one step, made in the last backward of the next."""
+
+    wanted: bool = True
+    found: Measurement | None = None
+    passes: int = 0
+    passes_before: int = 1
+    loss: Tensor | None = None
+
+    def next_step(self) -> None:
+        if self.found is not None:
+            self.wanted, self.found = False, None
+        self.passes_before, self.passes, self.loss = max(self.passes, 1), 0, None
+
+
+class _Realised:
+    """The parameters and the gradient before an update whose rule is not known, to measure along it afterwards."""
+
+    def __init__(self, evaluation: Evaluation, params: list[Tensor]) -> None:
+        self.evaluation, self.params = evaluation, params
+        self.before = [t.clone() for t in locals_of(params)]
+        self.found: Measurement | None = None
+
+    def measure(self, prober: Prober, scale: float) -> None:
+        """Once, right after the update; the copies are given back."""
+        self.found = prober.realised(self.evaluation, self.params, self.before, max(scale, 1e-12))
+        self.before = []
+
+
+def _versions(params: list[Tensor]) -> list[int]:
+    return [-1 if p.grad is None else local(p.grad)._version for p in params]

@@ -1,0 +1,84 @@
+"""Arithmetic on parameter-shaped vectors: lists of tensors, one entry per parameter, any dtypes and devices.
+
+Nothing here keeps a graph, and only `dot` waits for the device (it returns a Python float).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Vector = list[Tensor]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: itself, or the local shard of a DTensor (same storage)."""
+    shard: Any = getattr(tensor, "_local_tensor", None)
+    return tensor if shard is None else shard
+
+
+def locals_of(tensors: Sequence[Tensor]) -> Vector:
+    return [local(tensor.detach()) for tensor in tensors]
+
+
+def dense_gradient(param: Tensor) -> Tensor:
+    """This process's part of `.grad` as a dense tensor; zeros where there is none. Not a copy where it need not be."""
+    if param.grad is None:
+        return torch.zeros_like(local(param.detach()))
+    grad = local(param.grad.detach())
+    return grad.to_dense() if grad.layout != torch.strided else grad
+
+
+@torch.no_grad()
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float] | None = None) -> float:
+    """Σ_i wᵢ aᵢ·bᵢ over all tensors as a Python float; each tensor is summed in its own dtype (at least float32), the sum in float64."""
+    if not a:
+        return 0.0
+    home = a[0].device
+    products = [_dot(x, y).to(home, torch.float64) for x, y in zip(a, b, strict=True)]
+    total = torch.stack(products)
+    if weights is not None:
+        total = total * torch.tensor(weights, dtype=torch.float64, device=home)
+    return float(total.sum())
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return torch.dot(x.flatten().to(dtype), y.flatten().to(dtype))
+
+
+@torch.no_grad()
+def random_like(template: Sequence[Tensor], seed: int) -> Vector:
+    """Standard normal vector from generators of its own: the global random streams are not touched."""
+    generators = {t.device: torch.Generator(t.device).manual_seed(seed) for t in template}
+    return [
+        torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generators[t.device]) for t in template
+    ]
+
+
+@torch.no_grad()
+def add_(y: Vector, x: Sequence[Tensor], alpha: float = 1.0) -> Vector:
+    """y += alpha·x in place."""
+    if y:
+        torch._foreach_add_(y, list(x), alpha=alpha)
+    return y
+
+
+@torch.no_grad()
+def scale_(y: Vector, factor: float) -> Vector:
+    """y *= factor in place."""
+    if y:
+        torch._foreach_mul_(y, factor)
+    return y
+
+
+@torch.no_grad()
+def combine(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
+    """Σ_j cⱼ vⱼ as a new vector."""
+    total = [torch.zeros_like(t) for t in vectors[0]]
+    for vector, coefficient in zip(vectors, coefficients, strict=True):
+        add_(total, vector, float(coefficient))
+    return total
