@@ -64,8 +64,14 @@ def dense_hessian(model: nn.Module, loss_fn: LossFn, batch: Any) -> np.ndarray:
     return torch.stack(rows).detach().numpy()
 
 
+_hessians: dict[str, np.ndarray] = {}
+
+
 def oracle(problem: Problem) -> np.ndarray:
-    return dense_hessian(problem.model, problem.loss_fn, problem.batch)
+    """The dense Hessian of a problem of this file as it was made; computed once."""
+    if problem.name not in _hessians:
+        _hessians[problem.name] = dense_hessian(problem.model, problem.loss_fn, problem.batch)
+    return _hessians[problem.name]
 
 
 def flat(vector: Sequence[Tensor]) -> np.ndarray:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+import warmctl.history
 from warmctl.history import COLUMNS, History, WarmupEnd, read_jsonl, warmup_end
 
 TORN = '{"step": 4, "phase": "warm'
@@ -70,7 +70,7 @@ def attach(record: History, path: Path) -> None:
 
 @pytest.fixture(params=["run.jsonl", "run.csv"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tmp_path / request.param
+    return tmp_path / str(request.param)
 
 
 # In memory
@@ -121,10 +121,11 @@ scalars = (
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False)
-    | st.text(st.characters(codec="utf-8"), max_size=5)
+    | st.text("aé \n", max_size=3)
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.fixed_dictionaries({"a": scalars, "b": scalars}), max_size=20))
 def test_any_scalar_comes_back_with_its_type(rows: list[dict[str, Any]]) -> None:
     record = History({"step": step, **values} for step, values in enumerate(rows))
@@ -157,7 +158,7 @@ def test_a_row_needs_an_integer_step(bad: dict[str, Any]) -> None:
 
 def test_a_bad_value_is_refused_and_changes_nothing() -> None:
     record = history()
-    with pytest.raises(TypeError, match="column 'loss' takes .* not list"):
+    with pytest.raises(TypeError, match=r"column 'loss' takes .* not list"):
         record.append({"step": 2, "loss": [1.0]})
     assert list(record) == list(history())
 
@@ -167,14 +168,14 @@ def test_a_row_replaces_those_of_its_step_and_later() -> None:
     record.append(row(5, loss=9.0))
     assert record["step"] == [1, 2, 3, 4, 5]
     assert record["loss"][-1] == 9.0
-    record.append(row(0))
+    record.append({"step": 0})
     assert record["step"] == [0]
 
 
 def test_bytes_a_row() -> None:
     tracemalloc.start()
     try:
-        record = history(last=20_000)
+        record = history(last=5_000)
         used = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -362,7 +363,7 @@ def test_a_torn_last_line_is_left_out_by_the_reader(tmp_path: Path) -> None:
     history().to_jsonl(tmp_path / "run.jsonl")
     whole = (tmp_path / "run.jsonl").read_bytes()
     last = whole.splitlines(keepends=True)[-1]
-    for cut in range(1, len(last) + 1):
+    for cut in (1, *range(2, len(last) + 1, 5)):
         (tmp_path / "run.jsonl").write_bytes(whole[:-cut])
         expected = [1, 2, 3] if cut == 1 else [1, 2]  # the line break alone may be missing
         assert History.from_jsonl(tmp_path / "run.jsonl")["step"] == expected
@@ -400,8 +401,8 @@ def test_a_csv_torn_in_its_header_starts_again(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (TORN + "\n", r"run\.jsonl, line 2: not a row of a history"),
-        ("[1, 2]\n", r"line 2: .* an object with an integer 'step'"),
-        ('{"loss": 1.0}\n', r"line 2: .* an object with an integer 'step'"),
+        ("[1, 2]\n", r"line 2: .*an object with an integer 'step'"),
+        ('{"loss": 1.0}\n', r"line 2: .*an object with an integer 'step'"),
         ('{"step": 2, "loss": [1]}\n', r"line 2: 'loss' is not a plain value"),
     ],
 )
@@ -446,7 +447,7 @@ def test_a_full_disk_warns_once_and_never_stops_training(path: Path) -> None:
     attach(record, path)
     (file,) = record._files.values()
     file._stream.close()
-    file._stream = open("/dev/full", "r+b")  # type: ignore[assignment]  # noqa: SIM115
+    file._stream = open("/dev/full", "r+b")  # noqa: SIM115
     with pytest.warns(RuntimeWarning, match="can no longer be written .* detached"):
         record.append(row(4))
     record.append(row(5))
@@ -456,7 +457,9 @@ def test_a_full_disk_warns_once_and_never_stops_training(path: Path) -> None:
 
 
 WRITER = """
-import sys
+import sys, types
+sys.modules["warmctl"] = package = types.ModuleType("warmctl")  # without torch, whose import takes seconds
+package.__path__ = [sys.argv[4]]
 from warmctl.history import History
 first, jsonl, table = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 history = History()
@@ -470,7 +473,8 @@ for step in range(first, 10**9):
 def _write_until_killed(first: int, jsonl: Path, table: Path, size: int) -> None:
     """Run a writer in another process and kill it, not before the file has grown by `size` bytes."""
     grown = size + (jsonl.stat().st_size if jsonl.exists() else 0)
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(first), str(jsonl), str(table)])
+    package = str(Path(warmctl.history.__file__).parent)
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(first), str(jsonl), str(table), package])
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (jsonl.exists() and jsonl.stat().st_size > grown):
@@ -484,9 +488,9 @@ def _write_until_killed(first: int, jsonl: Path, table: Path, size: int) -> None
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_process_leaves_a_readable_file_that_the_next_goes_on_with(tmp_path: Path) -> None:
-    """Slow: two real processes that import the package."""
+    """Slow: two real processes."""
     jsonl, table = tmp_path / "run.jsonl", tmp_path / "run.csv"
-    _write_until_killed(1, jsonl, table, 20_000)
+    _write_until_killed(1, jsonl, table, 100_000)
     record = History.from_jsonl(jsonl)
     assert len(record) > 50
     assert record["step"] == list(range(1, len(record) + 1))
@@ -498,7 +502,7 @@ def test_a_killed_process_leaves_a_readable_file_that_the_next_goes_on_with(tmp_
         stream.write(b"123456789,war")
     assert History.from_jsonl(jsonl)["step"] == record["step"]
 
-    _write_until_killed(len(record) - 9, jsonl, table, 20_000)  # resumed from ten steps before
+    _write_until_killed(len(record) - 9, jsonl, table, 100_000)  # resumed from ten steps before
     again = History.from_jsonl(jsonl)
     assert len(again) > len(record) + 50
     assert again["step"] == list(range(1, len(again) + 1))

@@ -1,8 +1,8 @@
 """The edge and the preconditioner of every update rule, checked against the optimizer itself.
 
-Edges: on a quadratic, with all state but the momentum held as some real steps have left it, the optimizer must train
-2 % inside the predicted edge and diverge 2 % outside. Preconditioners: without momentum, the step that a copy of the
-optimizer makes must be η/P times the gradient.
+Edges: on a quadratic, with all state but the momentum held as some real steps have left it, the optimizer
+must train 2 % inside the predicted edge and diverge 2 % outside. Preconditioners: without momentum, the step
+that a copy of the optimizer makes must be η/P times the gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import (
     ASGD,
+    LBFGS,
     SGD,
     Adadelta,
     Adafactor,
@@ -25,7 +26,6 @@ from torch.optim import (
     Adam,
     Adamax,
     AdamW,
-    LBFGS,
     NAdam,
     Optimizer,
     RAdam,
@@ -66,7 +66,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def set_gradients(params: Sequence[Tensor], values: Tensor) -> None:
-    for param, part in zip(params, values.split([p.numel() for p in params]), strict=True):
+    for param, part in zip(params, torch.split(values, [p.numel() for p in params]), strict=True):
         param.grad = part.view_as(param).clone()
 
 
@@ -92,7 +92,7 @@ def arguments(optimizer: Optimizer, group: dict[str, Any]) -> tuple[Any, ...]:
 
 def hessian() -> Tensor:
     """Dense over all parameters, so that groups are coupled; eigenvalues .3 to 1."""
-    basis, _ = torch.linalg.qr(normal(5, SIZE, SIZE))
+    basis: Tensor = torch.linalg.qr(normal(5, SIZE, SIZE))[0]
     return basis @ torch.diag(torch.linspace(0.3, 1, SIZE, dtype=torch.float64)) @ basis.T
 
 
@@ -121,11 +121,13 @@ def start_from(optimizer: Optimizer, next_step: int) -> None:
             if "mu_product" in state:
                 decay = group["momentum_decay"]
                 done = range(1, min(next_step, 2000))
-                state["mu_product"].fill_(math.prod(group["betas"][0] * (1 - 0.5 * 0.96 ** (t * decay)) for t in done))
+                state["mu_product"].fill_(
+                    math.prod(group["betas"][0] * (1 - 0.5 * 0.96 ** (t * decay)) for t in done)
+                )
 
 
 def at_ratio(make: Make, next_step: int, target: float) -> Optimizer:
-    """An optimizer close to the minimum of the quadratic, its rates scaled to the predicted ratio `target`."""
+    """An optimizer close to the minimum of the quadratic, its rates scaled to the ratio `target`."""
     optimizer = make(parameters())
     random_steps(optimizer, 6)
     start_from(optimizer, next_step)
@@ -147,12 +149,14 @@ def fate(optimizer: Optimizer, momentum: Sequence[str] = MOMENTUM) -> str:
     """What becomes of the parameters when only they and the momentum may move."""
     params, curvature = all_parameters(optimizer), hessian()
     sign = -1 if optimizer.param_groups[0].get("maximize") else 1
-    moving = {p: [k for k, v in optimizer.state[p].items() if v is not None and k not in momentum] for p in params}
+    moving = {
+        p: [k for k, v in optimizer.state[p].items() if v is not None and k not in momentum] for p in params
+    }
     held = [(p, k, optimizer.state[p][k].clone()) for p, names in moving.items() for k in names]
     start = flat(params).norm()
     for _ in range(1000):
         theta = flat(params)
-        if theta.norm() > 1e6 * start:
+        if theta.norm() > 1e5 * start:
             return "diverges"
         if theta.norm() < 1e-3 * start:
             return "trains"
@@ -180,7 +184,10 @@ EDGES: list[tuple[Make, int]] = [
     (partial(SGD, lr=1.0, momentum=0.5, nesterov=True), 1),
     (partial(SGD, lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.3), 1),
     (two_groups(SGD, {"lr": 0.3}, {"lr": 2.0, "momentum": 0.9}), 1),
-    (two_groups(SGD, {"momentum": 0.95, "dampening": 0.3}, {"lr": 2.0, "momentum": 0.5, "nesterov": True}), 1),
+    (
+        two_groups(SGD, {"momentum": 0.95, "dampening": 0.3}, {"lr": 2.0, "momentum": 0.5, "nesterov": True}),
+        1,
+    ),
     (partial(ASGD, lr=1.0, lambd=0.1, weight_decay=0.1), 1),
     (partial(RMSprop, lr=1.0), 7),
     (partial(RMSprop, lr=1.0, momentum=0.9, weight_decay=0.3), 7),
@@ -222,6 +229,7 @@ def test_edge_is_where_the_optimizer_stops_training(make: Make, next_step: int) 
 
 THRESHOLDS: list[tuple[Make, float]] = [
     (partial(SGD, lr=0.1), 2),
+    (partial(SGD, lr=0.1, dampening=0.5), 2),
     (partial(SGD, lr=0.1, momentum=0.9, weight_decay=5.0), 3.8),
     (partial(SGD, lr=0.1, momentum=0.9, dampening=0.9), 38),
     (partial(SGD, lr=0.1, momentum=0.9, nesterov=True), 3.8 / 2.8),
@@ -327,17 +335,21 @@ def test_step_is_rate_over_preconditioner(make: Make) -> None:
     assert bool(decoupled) == bool(group.get("decoupled_weight_decay") and decays[0])
     for number in range(1, 11):
         set_gradients(params, normal(200 + number, SIZE))
-        gradient, theta = flat([p.grad for p in params]), flat(params)
+        gradient, theta = normal(200 + number, SIZE), flat(params)
         one = [torch.ones_like(p) for p in params]
         p = flat(rule.preconditioner(*arguments(optimizer, group)) if rule.preconditioner else one)
         seen = (-gradient if group["maximize"] else gradient) + coupled * theta
-        torch.testing.assert_close(true_step(optimizer), lr / p * seen + lr * decoupled * theta, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(
+            true_step(optimizer), lr / p * seen + lr * decoupled * theta, rtol=1e-6, atol=1e-12
+        )
         scale = flat(rule.scale(*arguments(optimizer, group)))
         torch.testing.assert_close(scale, lr / (2 * p), msg="without momentum the edge is 2")
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [partial(Adam, lr=0.1), partial(RAdam, lr=0.1), partial(Adamax, lr=0.1)], ids=label)
+@pytest.mark.parametrize(
+    "make", [partial(Adam, lr=0.1), partial(RAdam, lr=0.1), partial(Adamax, lr=0.1)], ids=label
+)
 def test_momentum_share_is_the_bias_correction(make: Make) -> None:
     """After an empty momentum the step is (1 − β₁) g η / (q P)."""
     optimizer = make(parameters())
@@ -346,7 +358,7 @@ def test_momentum_share_is_the_bias_correction(make: Make) -> None:
     for next_step in (1, 2, 5, 50):
         start_from(optimizer, next_step)
         set_gradients(group["params"], normal(4, SIZE))
-        expected = flat(rule.scale(*arguments(optimizer, group))) * 38 * 0.1 * normal(4, SIZE)
+        expected = flat(rule.scale(*arguments(optimizer, group))) * 38 * (1 - 0.9) * normal(4, SIZE)
         torch.testing.assert_close(true_step(optimizer), expected, rtol=1e-6, atol=1e-12)
 
 
@@ -370,8 +382,9 @@ def test_nothing_is_written_and_no_graph_is_kept(make: Make, steps: int) -> None
     optimizer = make(parameters())
     random_steps(optimizer, steps)
     params, (group,) = all_parameters(optimizer), optimizer.param_groups
-    grads = list(torch.autograd.grad(sum((p**3).sum() for p in params), params, create_graph=True))
-    states = [optimizer.state.get(p, {}) for p in params]
+    loss = torch.stack([(p**3).sum() for p in params]).sum()
+    grads = list(torch.autograd.grad(loss, params, create_graph=True))
+    states, entries = [optimizer.state.get(p, {}) for p in params], len(optimizer.state)
     before = copy.deepcopy((states, [p.detach() for p in params], [g.detach().clone() for g in grads]))
     scale = rule_of(optimizer).scale(params, grads, states, group)
     rule = rule_of(optimizer)
@@ -381,7 +394,7 @@ def test_nothing_is_written_and_no_graph_is_kept(make: Make, steps: int) -> None
         s.fill_(math.nan)
     after = (states, [p.detach() for p in params], [g.detach() for g in grads])
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert len(optimizer.state) == (0 if steps == 0 and not isinstance(optimizer, Adagrad) else len(optimizer.state))
+    assert len(optimizer.state) == entries
 
 
 @pytest.mark.parametrize("make", EVERY_RULE, ids=label)
@@ -413,18 +426,28 @@ def test_capturable(cls: Any) -> None:
 
 @pytest.mark.parametrize("make", EVERY_RULE, ids=label)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shapes_and_types_of_the_parameters(make: Make, dtype: torch.dtype) -> None:
+def test_scale_of_zero_gradients_is_finite(make: Make, dtype: torch.dtype) -> None:
     params = [p.detach().to(dtype).requires_grad_() for p in parameters()]
     optimizer = make(params)
     for p in params:
         p.grad = torch.zeros_like(p)
     (group,) = optimizer.param_groups
-    for _ in range(2):  # an all-zero gradient before and after the first step: finite but for an empty denominator
+    for _ in range(2):
         scale = rule_of(optimizer).scale(*arguments(optimizer, group))
         assert [(s.shape, s.dtype) for s in scale] == [(p.shape, dtype) for p in params]
         assert all(bool(torch.isfinite(s).all()) for s in scale)
         optimizer.step()
     assert rule_of(optimizer).scale([], [], [], group) == []
+
+
+def test_accumulator_of_adagrad_before_it_has_state() -> None:
+    """As for parameters added later."""
+    optimizer = Adagrad(parameters(), lr=0.1, initial_accumulator_value=0.5)
+    set_gradients(all_parameters(optimizer), normal(3, SIZE))
+    inputs = arguments(optimizer, optimizer.param_groups[0])
+    expected = rule_of(optimizer).scale(*inputs)
+    params, grads, _, group = inputs
+    torch.testing.assert_close(rule_of(optimizer).scale(params, grads, [{}, {}], group), expected)
 
 
 def test_sparse_gradient_of_adagrad() -> None:
@@ -492,14 +515,25 @@ def test_unknown_update_has_no_rule(make: Make) -> None:
 
 
 def test_subclass_inherits_the_rule_with_the_step() -> None:
-    class Renamed(Adam):
+    assert update_rule(Quiet) is update_rule(Quiet(parameters())) is update_rule(AdamW)
+    assert update_rule(AdamW) is not update_rule(Adam)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_order_of_the_first_instances_does_not_matter(first: int) -> None:
+    """torch wraps the step of a class, inherited or not, when it makes the first instance."""
+
+    class Base(HeavyBall):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+
+    class Child(Base):
         pass
 
-    assert update_rule(Renamed) is update_rule(Adam), "before torch has wrapped any step"
-    for cls in (Quiet, AdamW, Renamed, Adam):
-        cls(parameters(), lr=0.1)
-    assert update_rule(Quiet(parameters(), lr=0.1)) is update_rule(AdamW)
-    assert update_rule(Renamed(parameters(), lr=0.1)) is update_rule(Adam) is not update_rule(AdamW)
+    register_update_rule(Base, UpdateRule(edge=lambda group: 2.0))
+    for cls in (Base, Child)[first:] + (Base, Child)[:first]:
+        assert update_rule(cls(parameters(), lr=0.1, momentum=0.5)) is not None
+    assert update_rule(Child) is update_rule(Base) is not None
 
 
 def test_scheduler_does_not_hide_the_rule() -> None:
@@ -555,4 +589,4 @@ def test_registration_is_checked() -> None:
 
 def test_catapult_is_for_gradient_descent() -> None:
     tolerant = [make for make in EVERY_RULE if rule_of(make(parameters())).tolerates_overshoot]
-    assert [type(make(parameters())) for make in tolerant] == [SGD, ASGD]
+    assert [type(make(parameters())).__name__ for make in tolerant] == ["SGD", "ASGD"]

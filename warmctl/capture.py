@@ -18,6 +18,10 @@ from warmctl.replay import RandomState
 from warmctl.vectors import local
 
 
+SCALED = 4096.0
+"""A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
+
+
 def find_loss(output: Any) -> Tensor | None:
     """The loss in a model's output: `.loss`, or the one scalar that requires grad in a tuple, list or dict."""
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -34,11 +38,14 @@ class ModelCapture:
     Attributes:
         forwards: how many there were since `clear`; more than one means gradient accumulation.
         loss: the value of the last one, detached.
+        weights: what each of these losses was multiplied by before its backward pass, 1/n in an average of n.
+        trained_on: whether there were backward passes through the losses of the last step; a loop may ignore them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.enabled = True
+        self.enabled, self.trained_on = True, True
+        self.forwards = 0
         self.clear()
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
@@ -47,7 +54,10 @@ class ModelCapture:
 
     def clear(self) -> None:
         """Forget the batch."""
+        if self.forwards:
+            self.trained_on = bool(self.weights)
         self.forwards = 0
+        self.weights: list[Tensor] = []
         self.loss: Tensor | None = None
         self.random_state: RandomState | None = None
         self._call: tuple[Any, Any, list[Any]] | None = None
@@ -61,10 +71,15 @@ class ModelCapture:
             handle.remove()
 
     def closure(self) -> Callable[[], Tensor] | None:
-        """Repeats the recorded forward and calls backward on its loss; None if nothing was recorded."""
-        if self._call is None:
+        """Repeats the last forward and calls backward on its loss; None if nothing was recorded or trained on.
+
+        The loss counts as often as all those of this step together, so that sums and averages of micro-batches come
+        out right; once, where it was scaled up for float16.
+        """
+        if self._call is None or not self.weights:
             return None
         args, kwargs, autocast = self._call
+        weight = self.weight()
 
         def closure() -> Tensor:
             with ExitStack() as stack:
@@ -73,10 +88,15 @@ class ModelCapture:
                 loss = find_loss(self.model(*args, **kwargs))
             if loss is None:
                 raise RuntimeError("the model returned no loss when its forward was repeated")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(torch.full_like(loss, weight))  # type: ignore[no-untyped-call]
             return loss
 
         return closure
+
+    def weight(self) -> float:
+        """The sum of `weights`, or 1 where a gradient scaler has multiplied them."""
+        total = float(torch.stack([w.double().sum() for w in self.weights]).sum())
+        return 1.0 if total >= SCALED else total
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.enabled or not torch.is_grad_enabled():
@@ -98,6 +118,11 @@ class ModelCapture:
         if loss is not None:
             self._call, self.random_state, self.loss = call, random_state, loss.detach()
             self.forwards += 1
+            loss.register_hook(_Hook(self, "_weigh"))
+
+    def _weigh(self, gradient: Tensor) -> None:
+        if self.enabled:
+            self.weights.append(gradient.detach())
 
     def __reduce__(self) -> Any:
         return ModelCapture, (self.model,)
@@ -109,10 +134,10 @@ class _Hook:
     def __init__(self, capture: ModelCapture | None, method: str) -> None:
         self.capture, self.method = (lambda: None) if capture is None else weakref.ref(capture), method
 
-    def __call__(self, module: nn.Module, *args: Any) -> None:
+    def __call__(self, *args: Any) -> None:
         capture = self.capture()
         if capture is not None:
-            getattr(capture, self.method)(module, *args)
+            getattr(capture, self.method)(*args)
 
     def __reduce__(self) -> Any:
         return _Hook, (None, self.method)
@@ -140,9 +165,14 @@ class GradientWatch:
             self._handle.remove()
 
     @property
-    def untouched(self) -> bool:
+    def holding(self) -> bool:
+        """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
         grad = None if self.param is None else self.param.grad
-        return self.passes == 1 and grad is not None and local(grad)._version == self._version
+        return self.passes > 0 and grad is not None and local(grad)._version == self._version
+
+    @property
+    def untouched(self) -> bool:
+        return self.passes == 1 and self.holding
 
     def _accumulated(self, param: Tensor) -> None:
         if param.grad is not None:

@@ -7,6 +7,7 @@ probe (zeros): a sharded checkpoint is read into the structure that a fresh wrap
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -20,13 +21,24 @@ FORMAT = 1.0
 
 @dataclass
 class Counts:
-    """Steps and probes made, and what they cost in gradient evaluations."""
+    """Steps and probes made, what they cost in gradient evaluations, and what the first probe found out.
+
+    Attributes:
+        method: index of the Hessian-vector product in use in `operators.METHODS`.
+        replays: whether the loss can be evaluated again: 1, .5 (but for clipping or a small term), 0, or −1 before it
+            was tried.
+        loss, norm: signals of the last step that an accelerator has not delivered yet.
+    """
 
     steps: float = 0.0
     gradients: float = 0.0
     probes: float = 0.0
     hvps: float = 0.0
     cost: float = 0.0
+    method: float = 0.0
+    replays: float = -1.0
+    loss: float = math.nan
+    norm: float = math.nan
 
     def state_values(self) -> list[float]:
         return [float(v) for v in asdict(self).values()]

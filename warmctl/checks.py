@@ -72,9 +72,22 @@ def options(
         raise ValueError(f"max_warmup must be None or a number of steps of at least 1, got {max_warmup!r}")
 
 
-def returned_loss(loss: Any, has_gradient: bool, called_backward: bool) -> None:
-    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step altogether is let through."""
-    if isinstance(loss, Tensor) and loss.requires_grad and not called_backward:
+def closure(closure: Any) -> None:
+    """Raise unless `closure` can be called."""
+    if closure is not None and not callable(closure):
+        raise TypeError(
+            f"step(closure) takes a function that computes the loss, calls backward and returns it, "
+            f"got {type(closure).__name__}"
+        )
+
+
+def returned_loss(loss: Any, has_gradient: bool, new_gradient: bool) -> None:
+    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step altogether is let through.
+
+    Args:
+        has_gradient: a parameter has a gradient now; new_gradient: it is not the one from before the closure.
+    """
+    if isinstance(loss, Tensor) and loss.requires_grad and not new_gradient:
         raise RuntimeError("the closure returned a loss but did not call loss.backward() on it")
     if not has_gradient:
         return
@@ -82,6 +95,8 @@ def returned_loss(loss: Any, has_gradient: bool, called_backward: bool) -> None:
         raise TypeError("the closure returned None: it must return the loss it called backward on")
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return a scalar loss")
+    if not isinstance(loss, Tensor) and not hasattr(loss, "__float__"):
+        raise TypeError(f"the closure returned {type(loss).__name__}: it must return the scalar loss alone")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -42,13 +42,22 @@ def average_(vector: Vector) -> None:
         torch._foreach_copy_(members, [part.view_as(t) for part, t in zip(parts, members, strict=True)])
 
 
+def averager(params: Sequence[Tensor]) -> Callable[[Vector], None] | None:
+    """What averages a gradient over ranks; None where the parameters are sharded: those gradients are averages already."""
+    return None if is_sharded(params) else average_
+
+
+def average(values: Tensor) -> Tensor:
+    """Mean over ranks, the same on every rank to the last bit. One small collective; waits for nothing."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
 def agree(values: Sequence[float], device: torch.device) -> list[float]:
-    """Mean over ranks of each number, the same on every rank to the last bit. Costs one small collective."""
-    if world_size() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    mean: list[float] = (tensor / world_size()).tolist()
+    """`average` of numbers."""
+    mean: list[float] = average(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
     return mean
 
 

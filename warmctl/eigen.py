@@ -110,8 +110,9 @@ def power_iteration(
 ) -> EigenResult:
     """Largest algebraic eigenvalue by power iteration on A + σI.
 
-    The shift σ = max over the iterates of (‖Av‖ − vᵀAv)/2 is zero on a dominant positive eigenvector and grows
-    exactly when negative curvature takes over, so the iteration cannot settle on the most negative eigenvalue.
+    The shift σ = max over the iterates of (‖Av‖ − vᵀAv)/2 is zero on a dominant positive eigenvector and |λ_min| on
+    the most negative one, so the iteration cannot settle there. Where the residual stalls, both ends may be tied:
+    then σ grows by 5 % a step, at most to the largest ‖Av‖ seen.
 
     Arguments as for `lanczos`. Cost: one product per step; memory: two vectors.
     """
@@ -122,7 +123,7 @@ def power_iteration(
     vector = _start_vector(operator, start, seed, noise)
     if vector is None:
         return EigenResult(0.0, [torch.zeros_like(t) for t in operator.template], 0.0, 0, True)
-    shift = 0.0
+    shift, longest, before = 0.0, 0.0, math.inf
     for hvps in range(1, steps + 1):
         product = operator.matvec(vector)
         value = operator.inner(vector, product)
@@ -131,16 +132,18 @@ def power_iteration(
         length = math.hypot(value, residual)
         if not math.isfinite(length):
             return EigenResult(math.nan, vector, math.nan, hvps, False)
-        shift = max(shift, (length - value) / 2)
+        if residual <= 10 * _precision(vector) * length:  # an eigenvector to rounding: the iteration would stay
+            return EigenResult(value, vector, residual, hvps, True)
+        longest = max(longest, length)
+        stalled = residual > 0.99 * before
+        shift = max(shift, (length - value) / 2, min(1.05 * shift, longest) if stalled else 0.0)
+        before = residual
         # On an eigenvector of the wrong end value + shift is 0: a small residual there means nothing.
-        converged = residual <= tol * abs(value) and (value + shift > tol * length or length == 0.0)
+        converged = residual <= tol * abs(value) and value + shift > tol * length
         if converged or hvps == steps:
             return EigenResult(value, vector, residual, hvps, converged)
         following = add_(difference, vector, value + shift)
-        size = _norm(operator, following)
-        if size <= 10 * _precision(vector) * length:  # nothing but this eigenvector is within reach
-            return EigenResult(value, vector, residual, hvps, residual <= tol * length)
-        vector = scale_(following, 1.0 / size)
+        vector = scale_(following, 1.0 / _norm(operator, following))
     raise AssertionError("unreachable")
 
 

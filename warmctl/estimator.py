@@ -6,6 +6,7 @@ coming step, starts Lanczos where the last probe ended, and keeps nothing but on
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,10 @@ from warmctl.replay import Replay
 from warmctl.update_rules import UpdateRule, learning_rate
 from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like
 
+log = logging.getLogger("warmctl")
+
+AGREEMENT = 0.1
+"""Relative error up to which a finite difference, the cheaper product, is used instead of the exact one."""
 Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
 
@@ -35,6 +40,8 @@ class Measurement:
         threshold: τ of that group.
         hvps: products; cost: gradient evaluations, all included.
         reason: why it failed, or "".
+        momentum_share: the edge of this very step over its long-run value: below 1 while Adam's bias correction makes
+            the first steps bolder than momentum alone would.
     """
 
     ratio: float
@@ -44,10 +51,19 @@ class Measurement:
     hvps: int
     cost: float
     reason: str = ""
+    momentum_share: float = 1.0
 
     def times(self, weight: float) -> Measurement:
         """Of a loss `weight` times as large."""
         return replace(self, ratio=self.ratio * weight, sharpness=self.sharpness * weight)
+
+    def agreed(self, device: torch.device) -> Measurement:
+        """The same on every rank: the mean over ranks. A failure on one rank is a failure on all."""
+        if distributed.world_size() == 1:
+            return self
+        ratio, residual, sharpness, cost = distributed.agree([self.ratio, self.residual, self.sharpness, self.cost], device)
+        reason = self.reason if math.isfinite(ratio) else self.reason or "the probe failed on another rank"
+        return replace(self, ratio=ratio, residual=residual, sharpness=sharpness, cost=cost, reason=reason)
 
 
 def failed(reason: str, cost: float = 0.0) -> Measurement:
@@ -84,8 +100,39 @@ class SharpnessEstimator:
         eigenvector.
         """
         inner = distributed.inner_product(replay.params)
+        extra = 0.0
+        if self.method == "auto":
+            if gradient is None:
+                gradient, extra = replay.gradient()[1], 1.0
+            self.method, spent = self._choose(replay, gradient, inner)
+            extra += spent
         with HessianOperator(replay, replay.params, self.method, gradient=gradient, inner=inner) as operator:
-            return self.measure_on(operator, seed)
+            found = self.measure_on(operator, seed)
+        return replace(found, cost=found.cost + extra)
+
+    def _choose(self, replay: Replay, gradient: Vector, inner: Inner) -> tuple[str, float]:
+        """Finite differences, unless an exact product along the same direction exists and says otherwise. Said once."""
+        if distributed.is_sharded(replay.params):
+            log.info("hvp: finite differences; the parameters are sharded")
+            return "finite_difference", 0.0
+        root = self.scaling(replay.params)[0]
+        direction = list(torch._foreach_mul(self._start(root, replay.params, inner, 0), root))
+        with (
+            HessianOperator(replay, replay.params, "finite_difference", gradient=gradient, inner=inner) as cheap,
+            HessianOperator(replay, replay.params, "double_backward", inner=inner) as exact,
+        ):
+            product = cheap.matvec(direction)
+            try:
+                truth = exact.matvec(direction)
+            except RuntimeError as error:
+                log.info("hvp: finite differences; the exact product failed (%s)", first_line(error))
+                return "finite_difference", cheap.cost + exact.cost
+            size = math.sqrt(inner(truth, truth))
+            add_(product, truth, -1.0)
+            error = math.sqrt(inner(product, product)) / max(size, 1e-30)
+        method = "finite_difference" if error <= AGREEMENT or size == 0.0 else "double_backward"
+        log.info("hvp: %s; a finite difference is within %.2g of the exact product", method, error)
+        return method, cheap.cost + exact.cost
 
     def measure_on(self, operator: HessianOperator, seed: int) -> Measurement:
         """One probe on a Hessian that is there already."""
@@ -97,14 +144,17 @@ class SharpnessEstimator:
         if math.isfinite(result.eigenvalue):
             self.vector = result.eigenvector
         rate, threshold = self._reference()
+        share = self._momentum_share()
+        ratio = result.eigenvalue * share
         return Measurement(
-            ratio=result.eigenvalue,
+            ratio=ratio,
             residual=result.residual / max(abs(result.eigenvalue), 1e-30),
-            sharpness=result.eigenvalue * threshold / rate if rate > 0 else math.nan,
+            sharpness=ratio * threshold / rate if rate > 0 else math.nan,
             threshold=threshold,
             hvps=result.hvps,
             cost=operator.cost,
             reason="" if math.isfinite(result.eigenvalue) else "the probe was not finite",
+            momentum_share=share,
         )
 
     def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
@@ -124,11 +174,23 @@ class SharpnessEstimator:
             states = [_local_state(self.optimizer.state.get(p, {})) for p in members]
             grads = [dense_gradient(p) for p in members]
             scale = self.rule.scale(locals_of(members), grads, states, group)
+            # Decoupled decay takes its part of the edge: 1 − ηw/2 of it is left.
+            left = max(self.rule.threshold(group) / self.rule.edge(group), 1e-6)
             for p, d in zip(members, scale, strict=True):
-                root[known[id(p)]] = d.clamp_(min=0.0).sqrt_()
+                root[known[id(p)]] = d.div_(left).clamp_(min=0.0).sqrt_()
                 shift[known[id(p)]] = self.rule.coupled_decay(group)
         sign = -1.0 if self.optimizer.param_groups[0].get("maximize", False) else 1.0
         return root, shift, sign
+
+    def _momentum_share(self) -> float:
+        """The least q of the parameters; D is of the coming step, whose edge is q·τ while momentum is still filling."""
+        assert self.rule is not None
+        shares = [1.0]
+        for group in self.optimizer.param_groups:
+            states = [_local_state(self.optimizer.state.get(p, {})) for p in group["params"] if p.grad is not None]
+            if self.rule.momentum_share is not None:
+                shares += [float(q) for q in self.rule.momentum_share(states, group)]
+        return max(min(shares), 1e-6)
 
     def _start(self, root: Vector, params: Sequence[Tensor], inner: Inner, seed: int) -> Vector:
         """The last eigenvector and a little of the preconditioned gradient with random signs; at first its own signs.
@@ -153,3 +215,8 @@ class SharpnessEstimator:
 
 def _local_state(state: dict[str, object]) -> dict[str, object]:
     return {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for a log or a reason."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

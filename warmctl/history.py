@@ -53,7 +53,7 @@ class History(Sequence[Row]):
     Pickles and copies hold the rows and no open files: call `to_jsonl` or `to_csv` again to go on writing.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Value]] = ()) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self._columns: dict[str, _Column] = {}
         self._length = 0
         self._files: dict[Path, _RowFile] = {}
@@ -65,7 +65,7 @@ class History(Sequence[Row]):
         """The history in a file of `to_jsonl`, read as by `read_jsonl`; the file is not attached."""
         return cls(_read_jsonl(Path(path)))
 
-    def append(self, row: Mapping[str, Value]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """Add a row, in memory and to every attached file; rows of the same and of later steps are replaced.
 
         NumPy scalars and one-element tensors are taken by their `.item()`. A file that cannot be written (a
@@ -298,7 +298,8 @@ class _RowFile:
             assert isinstance(step, int)
             if self._last is not None and step <= self._last:
                 self._drop_from(step)
-            self._stream.write(self._encode(row))
+            line = self._encode(row)  # before the stream is looked at: a new column has it replaced
+            self._stream.write(line)
             self._last = step
         self._stream.flush()
 

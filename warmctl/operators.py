@@ -11,7 +11,8 @@ Three ways to the product Hv, by cost in gradient evaluations (one forward and o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from warmctl.replay import Replay, check_loss, twice_differentiable
+from warmctl.replay import Replay, check_graph, check_loss, twice_differentiable
 from warmctl.vectors import Vector, add_, dot, local, locals_of, scale_
 
 METHODS = ("auto", "double_backward", "forward_over_reverse", "finite_difference")
@@ -81,9 +82,15 @@ class HessianOperator:
         self.method = self._cheapest() if method == "auto" else method
 
     @classmethod
-    def on_graph(cls, loss: Tensor, params: Sequence[Tensor], **options: Any) -> HessianOperator:
-        """By double backward on a graph that is alive already: that of `loss`. Cost: as double backward."""
-        operator = cls(Replay(lambda: loss, params), params, "double_backward", **options)
+    def on_graph(
+        cls, loss: Tensor, params: Sequence[Tensor], reduce: Callable[[Vector], None] | None = None, **options: Any
+    ) -> HessianOperator:
+        """By double backward on a graph that is alive already: that of `loss`. Cost: as double backward.
+
+        Args:
+            reduce: called on a finished product, in place; averages over ranks, as a `Replay` does.
+        """
+        operator = cls(Replay(lambda: loss, params, reduce=reduce), params, "double_backward", **options)
         operator._graph = _connected_gradient(loss, operator.params, create_graph=True)
         operator.cost += 1.0
         return operator
@@ -136,7 +143,7 @@ class HessianOperator:
         def matmat(matrix: np.ndarray) -> np.ndarray:
             flat = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(matrix.T), dtype=np.float64))
             parts = flat.split(sizes, dim=1)
-            block = [part.to(t).reshape(-1, *t.shape) for part, t in zip(parts, template, strict=True)]
+            block = [part.to(t).reshape(len(flat), *t.shape) for part, t in zip(parts, template, strict=True)]
             out = [t.flatten(1).to("cpu", torch.float64) for t in self.matmat(block)]
             result: np.ndarray = torch.cat(out, dim=1).numpy().T
             return result
@@ -189,11 +196,14 @@ class HessianOperator:
             torch._foreach_copy_(shards, snapshot)  # copied back, never subtracted: bit for bit
 
     def _step(self, shards: Vector, vector: Vector) -> float:
-        """ε such that ‖εv‖ is FD_STEP·max(1, root mean square of the tensors' norms), in float32."""
+        """ε such that ‖εv‖ is FD_STEP·max(1, root mean square of the tensors' norms), in float32.
+
+        Three times that for the central difference, whose error is of second order.
+        """
         length = math.sqrt(max(self.inner(vector, vector), 0.0))
         size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
         precision = self.replay.precision / torch.finfo(torch.float32).eps
-        step = min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, size)
+        step = min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, size) * (3.0 if self.central else 1.0)
         return step / length if math.isfinite(length) and length > 0.0 else 0.0
 
     def _gradient(self) -> Vector:
@@ -239,7 +249,7 @@ class HessianOperator:
             _, tangent = torch.func.jvp(torch.func.grad(loss), (params,), (tangents,))
             return tuple(t if isinstance(t, Tensor) else torch.zeros_like(p) for t, p in zip(tangent, params, strict=True))
 
-        with self.replay.untouched(), twice_differentiable():
+        with self.replay.untouched(), twice_differentiable(), _without_mkldnn():
             if block[0].shape[0] == 1:
                 return [self._reduced([_owned(t) for t in product(tuple(b[0] for b in block))])]
             rows = torch.func.vmap(product, randomness="same")(tuple(block))
@@ -296,6 +306,8 @@ class Substitute(TorchFunctionMode):
             return args[0]
         if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
             args = (args[0], None, None, *args[3:])
+        if func is F.mse_loss and len(args) > 1:  # torch 2.13: its second derivative forbids a constant target
+            args = (args[0], args[1] + 0 * args[0], *args[2:])
         if func is F.instance_norm and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
             args = (args[0], None, None, *args[3:])
         return func(*tree_map_only(Tensor, swap, args), **tree_map_only(Tensor, swap, kwargs))
@@ -304,9 +316,21 @@ class Substitute(TorchFunctionMode):
 def _connected_gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
     """∇loss with zeros for parameters that it does not depend on."""
     check_loss(loss)
+    check_graph(loss)
     if not loss.requires_grad:
         return tuple(torch.zeros_like(p) for p in params)
     return torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Its recurrences have no forward derivative. (`torch.backends.mkldnn.flags` sets, and warns of, TF32 as well.)"""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _owned(tensor: Tensor) -> Tensor:

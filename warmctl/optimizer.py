@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from warmctl import checkpoint, checks, distributed
 from warmctl.cadence import Cadence
 from warmctl.capture import GradientWatch
 from warmctl.controller import Controller, Reading
-from warmctl.estimator import Measurement, SharpnessEstimator
+from warmctl.estimator import Measurement, SharpnessEstimator, failed
 from warmctl.history import History
-from warmctl.probe import NO_SOURCE, Evaluation, Prober
+from warmctl.operators import METHODS
+from warmctl.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
 from warmctl.replay import Closure, RandomState, intercept_backward
 from warmctl.update_rules import learning_rate, update_rule
 from warmctl.vectors import local, locals_of
@@ -85,13 +87,16 @@ class AdaptiveWarmup(Optimizer):
         self.watch = GradientWatch(self._params())
         self.controller = Controller(target=target, after=after, max_warmup=max_warmup)
         self.cadence = Cadence(every=every, budget=budget)
-        self.counts = checkpoint.Counts()
+        self.counts = checkpoint.Counts(method=METHODS.index(hvp))
         self.history = History()
         self.last: Measurement | None = None
         self.metrics: dict[str, Any] = {}
         self._graph_probe = _GraphProbe()
-        self._realised: _Realised | None = None
+        self._update: RealisedUpdate | Measurement | None = None
+        self._reading: Measurement | None = None
+        self._in_closure = False
         self._full_rates: list[Any] | None = None
+        self._delayed = torch.full((2,), math.nan, dtype=torch.float64)
         self._said: set[str] = set()
         self._publish("")
         checkpoint.announce(optimizer, self._numbers())
@@ -147,14 +152,19 @@ class AdaptiveWarmup(Optimizer):
         Raises: RuntimeError if there is no source of a loss; TypeError or ValueError for a closure that breaks its
             contract. The parameters are as before then.
         """
+        checks.closure(closure)
         skipped = self._lend_scaler()
         try:
             if closure is not None:
-                return self.base.step(self._deciding(closure))
+                result = self.base.step(self._deciding(closure))
+                self._measure_update()
+                return result
             if not skipped:
                 loss = self.prober.capture.loss if self._graph_probe.loss is None else self._graph_probe.loss
                 self._decide(Evaluation(loss=loss, untouched=self.watch.untouched))
-            return self.base.step()
+            result = self.base.step()
+            self._measure_update()
+            return result
         finally:
             self._finish()
 
@@ -164,14 +174,10 @@ class AdaptiveWarmup(Optimizer):
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"backward(loss) takes a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
-        probe = self._graph_probe
-        probe.passes, probe.loss = probe.passes + 1, loss.detach()
-        measure = probe.wanted and probe.passes >= probe.passes_before and self.phase != "done"
-        measure = measure and self.rule is not None and not self.prober.has_source(Evaluation())
-        loss.backward(retain_graph=measure)  # type: ignore[no-untyped-call]
-        if measure:
-            probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
-
+        if self._in_closure:  # `step` sees to it
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._backward_on_graph(loss, lambda keep: loss.backward(retain_graph=keep))  # type: ignore[no-untyped-call]
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
         if self.prober.loss_fn is None:
@@ -209,12 +215,24 @@ class AdaptiveWarmup(Optimizer):
             size = len(part.state_values())
             part.load_state_values(numbers[:size])
             numbers = numbers[size:]
+        self._delayed = torch.tensor([self.counts.loss, self.counts.norm], dtype=torch.float64)
+        self.estimator.method, self.prober.closure_replays = METHODS[int(self.counts.method)], self.counts.replays
         trainable = [v for v, p in zip(vector, self._all_params(), strict=True) if p.requires_grad]
         self.estimator.load_vector(trainable, self._params())
         self._publish("resumed")
         checkpoint.announce(self.base, self._numbers())
 
     # One step
+
+    def _backward_on_graph(self, loss: Tensor, backward: Callable[[bool], None]) -> None:
+        """Run `backward`, keeping the graph for a probe if one is wanted and nothing can be evaluated again."""
+        probe = self._graph_probe
+        probe.passes, probe.loss = probe.passes + 1, loss.detach()
+        measure = probe.wanted and probe.passes >= probe.passes_before and self.phase != "done"
+        measure = measure and self.rule is not None and not self.prober.has_source(Evaluation())
+        backward(measure)
+        if measure:
+            probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
 
     def _deciding(self, closure: Closure) -> Closure:
         """The closure handed to the wrapped optimizer: its first evaluation decides the step, before the rates are read."""
@@ -228,17 +246,33 @@ class AdaptiveWarmup(Optimizer):
             called = True
             params = self._params()
             random_state = RandomState([p.device for p in params])
-            versions: list[int] = []
+            self.prober.capture.enabled = False  # the closure is the better source
+            before, left = _Marks(params), None
+            earlier: list[int] = []
 
-            def backward(original: Any, *args: Any, **kwargs: Any) -> None:
-                original(*args, **kwargs)
-                versions[:] = _versions(params)
+            def backward(original: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
+                earlier.append(self.watch.passes if self.watch.holding else 0)
+                if self.prober.closure_replays == 0.0 and _is_plain_loss(tensors, *args, **kwargs):
+                    self._backward_on_graph(tensors, lambda keep: original(tensors, retain_graph=keep))
+                else:
+                    original(tensors, *args, **kwargs)
+                nonlocal left
+                left = _Marks(params)
 
-            with torch.enable_grad(), intercept_backward(backward):
-                loss = closure()
-            checks.returned_loss(loss, any(p.grad is not None for p in params), bool(versions))
-            value = loss.detach() if isinstance(loss, Tensor) else None if loss is None else torch.tensor(float(loss))
-            self._decide(Evaluation(closure, random_state, value, untouched=versions == _versions(params)))
+            self._in_closure = True
+            try:
+                with torch.enable_grad(), intercept_backward(backward):
+                    loss = closure()
+                checks.returned_loss(loss, any(p.grad is not None for p in params), left is not None or not before.hold())
+                value = (
+                    loss.detach() if isinstance(loss, Tensor) else None if loss is None else torch.tensor(float(loss))
+                )
+                added_to = earlier[0] if earlier else 0  # micro-batches whose gradient was there already
+                weight = self.watch.passes / max(self.watch.passes - added_to, 1) if added_to else 1.0
+                untouched = left is not None and left.hold() and not added_to
+                self._decide(Evaluation(closure, random_state, value, untouched, weight))
+            finally:
+                self._in_closure = False
             return loss
 
         return evaluate
@@ -257,27 +291,47 @@ class AdaptiveWarmup(Optimizer):
             return
         loss, norm = self._signals(evaluation, params)
         due = self.cadence.due(loss, norm, self._probe_cost(), guarding=self.phase != "warmup")
-        found = self._measure(due, evaluation, params) if math.isfinite(norm) else None
-        if found is not None:
-            self.last = found
-            self.counts.probes += 1
-            self.counts.hvps += found.hvps
-            self.counts.cost += found.cost
-            self.cadence.spent(found.cost)
-            if found.reason:
-                self._warn(found.reason)
+        found = None if math.isinf(norm) else self._measure(due, evaluation, params)
+        if found is not None and self.rule is not None:
+            found = self._account(found)
+        reading = None if found is None else Reading(found.ratio, found.reason)
+        if reading is None and self._broken(evaluation, loss, norm):
+            reading = Reading(math.nan, "the loss or its gradient is not finite")
         was = self.phase
-        decision = self.controller.update(rate, None if found is None else Reading(found.ratio, found.reason))
+        decision = self.controller.update(rate, reading)
         if self.phase != was:
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         self._scale_rates(decision.scale)
-        self._publish(decision.reason, loss=loss, probed=found is not None, ratio=decision.ratio)
+        ratio = decision.ratio if self.control or not decision.scale else decision.ratio / decision.scale
+        self._publish(decision.reason, loss=loss, probed=found is not None, ratio=ratio)
+
+    def _account(self, found: Measurement) -> Measurement:
+        """Book a probe."""
+        found = found.agreed(self._params()[0].device)
+        self.last = found
+        self.counts.probes += 1
+        self.counts.hvps += found.hvps
+        self.counts.cost += found.cost
+        self.counts.method = METHODS.index(self.estimator.method)
+        self.counts.replays = self.prober.closure_replays
+        self.cadence.spent(found.cost)
+        if found.reason:
+            self._warn(found.reason)
+        return found
+
+    def _broken(self, evaluation: Evaluation, loss: float, norm: float) -> bool:
+        """Whether the loss or the gradient is known not to be finite; nan is not known yet in an accelerator's first step."""
+        unknown = math.isnan(norm) and self.counts.steps == 1
+        return not unknown and not (math.isfinite(norm) and (evaluation.loss is None or math.isfinite(loss)))
 
     def _measure(self, due: str, evaluation: Evaluation, params: list[Tensor]) -> Measurement | None:
         """The reading for this step, if there is one: made now, on the live graph before, or on the last update."""
         if self.rule is None:
-            found = None if self._realised is None else self._realised.found
-            self._realised = _Realised(evaluation, params) if due else None
+            found, self._reading = self._reading, None
+            if due:
+                if evaluation.closure is None and not self.prober.has_source(evaluation):
+                    raise RuntimeError(NO_SOURCE)
+                self._update = self.prober.before_update(evaluation, params)
             return found
         graph = self._graph_probe
         if graph.found is not None:
@@ -285,15 +339,24 @@ class AdaptiveWarmup(Optimizer):
         if not due:
             return None
         if not self.prober.has_source(evaluation):
-            if graph.passes == 0:
+            if graph.passes == 0 and evaluation.closure is None:
                 raise RuntimeError(NO_SOURCE)
+            if graph.passes == 0:
+                return failed(self.prober.why_no_source)
             graph.wanted = True
             return None
         return self.prober.probe(evaluation, params, self._probe_seed())
 
+    def _measure_update(self) -> None:
+        """The reading for the next step, where the rule is not known: along the update just made."""
+        if self._update is not None:
+            scale = self.controller.state.scale if self.control else 1.0
+            update = self._update
+            found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
+            self._reading = self._account(found)
+
     def _finish(self) -> None:
         """After the update: the schedule's own rates again, the batch forgotten."""
-        scale = self.controller.state.scale
         if self._full_rates is not None:
             for group, rate in zip(self.param_groups, self._full_rates, strict=True):
                 if isinstance(group["lr"], Tensor):
@@ -301,8 +364,7 @@ class AdaptiveWarmup(Optimizer):
                 else:
                     group["lr"] = rate
             self._full_rates = None
-        if self._realised is not None and self._realised.found is None:
-            self._realised.measure(self.prober, scale)
+        self._update = None
         self._graph_probe.next_step()
         self.prober.forget()
         self.watch.clear()
@@ -323,15 +385,20 @@ class AdaptiveWarmup(Optimizer):
                 group["lr"] = rate * scale
 
     def _signals(self, evaluation: Evaluation, params: list[Tensor]) -> tuple[float, float]:
-        """Loss and gradient norm of this step, the same on every rank."""
+        """Loss and gradient norm, the same on every rank; nan where unknown.
+
+        On an accelerator they are those of the step before: reading this step's would make the device wait.
+        """
         grads = [local(p.grad) for p in params if p.grad is not None]
         norms = torch._foreach_norm([g if g.layout == torch.strided else g.coalesce().values() for g in grads])
         home = norms[0].device
         square = torch.stack([n.to(home, torch.float64) for n in norms]).square().sum()
         loss = torch.full_like(square, math.nan) if evaluation.loss is None else evaluation.loss.to(square)
-        found: list[float] = torch.stack([loss.reshape(()), square]).tolist()
-        found = distributed.agree(found, home)
-        return found[0], math.sqrt(found[1]) if found[1] >= 0 else math.nan
+        signals = distributed.average(torch.stack([loss.reshape(()), square.sqrt()]))
+        if home.type != "cpu":
+            signals, self._delayed = self._delayed, signals
+        found: list[float] = signals.tolist()
+        return found[0], found[1]
 
     def _lend_scaler(self) -> bool:
         """Hand what GradScaler left on this object to the wrapped optimizer. True if the step will be skipped."""
@@ -376,7 +443,7 @@ class AdaptiveWarmup(Optimizer):
     def _publish(self, reason: str, loss: float = math.nan, probed: bool = False, ratio: float = math.nan) -> None:
         counts, last, group = self.counts, self.last, self.param_groups[0]
         scale = self.controller.state.scale if self.control else 1.0
-        scheduled = learning_rate(group)
+        scheduled = learning_rate(group) if self._full_rates is None else float(self._full_rates[0])
         self.metrics = {
             "step": int(counts.steps),
             "phase": self.phase,
@@ -401,17 +468,19 @@ class AdaptiveWarmup(Optimizer):
         return self.controller, self.cadence, self.counts
 
     def _numbers(self) -> list[float]:
+        self.counts.loss, self.counts.norm = self._delayed.tolist()
         return [value for part in self._parts() for value in part.state_values()]
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = {"watch", "_graph_probe", "_realised", "_full_rates", "grad_scale", "found_inf"}
+        # "step": a scheduler's patch on the instance, bound to the original.
+        transient = {"watch", "_update", "_full_rates", "grad_scale", "found_inf", "step"}
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.estimator.optimizer = self.base
         self.watch = GradientWatch(self._params())
-        self._graph_probe, self._realised, self._full_rates = _GraphProbe(), None, None
+        self._update, self._full_rates = None, None
 
 
 # The hooks of the wrapper are those of the base, so that they are registered once and fire once.
@@ -442,19 +511,25 @@ class _GraphProbe:
         self.passes_before, self.passes, self.loss = max(self.passes, 1), 0, None
 
 
-class _Realised:
-    """The parameters and the gradient before an update whose rule is not known, to measure along it afterwards."""
+class _Marks:
+    """Which gradients there were, and their versions: whether one was replaced or written to since."""
 
-    def __init__(self, evaluation: Evaluation, params: list[Tensor]) -> None:
-        self.evaluation, self.params = evaluation, params
-        self.before = [t.clone() for t in locals_of(params)]
-        self.found: Measurement | None = None
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.seen = [None if p.grad is None else (weakref.ref(p.grad), local(p.grad)._version) for p in params]
 
-    def measure(self, prober: Prober, scale: float) -> None:
-        """Once, right after the update; the copies are given back."""
-        self.found = prober.realised(self.evaluation, self.params, self.before, max(scale, 1e-12))
-        self.before = []
+    def hold(self) -> bool:
+        for p, seen in zip(self.params, self.seen, strict=True):
+            if (p.grad is None) != (seen is None):
+                return False
+            if p.grad is not None and seen is not None:
+                ref, version = seen
+                if ref() is not p.grad or local(p.grad)._version != version:
+                    return False
+        return True
 
 
-def _versions(params: list[Tensor]) -> list[int]:
-    return [-1 if p.grad is None else local(p.grad)._version for p in params]
+def _is_plain_loss(tensors: Any, grad_tensors: Any = None, keep: Any = None, create: bool = False, **more: Any) -> bool:
+    """Whether these arguments of `torch.autograd.backward` say no more than `loss.backward()`."""
+    plain = grad_tensors is None and not keep and not create and all(v is None for v in more.values())
+    return isinstance(tensors, Tensor) and tensors.numel() == 1 and plain

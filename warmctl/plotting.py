@@ -323,6 +323,7 @@ def _limits(axis: Axes, low: float, top: float, log: bool) -> None:
         middle = np.sqrt(low * top)  # at least half a decade, or there may be no tick to read
         low, top = middle / np.sqrt(3.0), middle * np.sqrt(3.0)
     low, top = _padded(low, top, 0.06, log)
+    axis.set_autoscaley_on(False)  # or a curve without a positive value warns here
     axis.set_yscale("log" if log else "linear", **({"nonpositive": "mask"} if log else {}))
     axis.set_ylim(low, top)
     if not log:
@@ -359,11 +360,11 @@ def _diverged(run: _Run, finite: Floats) -> bool:
 
 
 def _smooth(y: Floats, log: bool) -> Floats:
-    """A centred triangular mean over one part in fifty of the run; `y` itself if the run is short.
+    """A centred triangular mean over one part in 75 of the run; `y` itself if the run is short.
 
     The window grows from one value at the start, where the curve is steep, and is cut at the end.
     """
-    half = len(y) // 200
+    half = len(y) // 300
     if half < 1:
         return y
     smooth, at = np.log(y) if log else y, np.arange(len(y))

@@ -9,25 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
-from warmctl.capture import ModelCapture
-from warmctl.estimator import Measurement, SharpnessEstimator, failed
+from warmctl.capture import SCALED, ModelCapture
+from warmctl.estimator import Measurement, SharpnessEstimator, failed, first_line
 from warmctl.operators import HessianOperator
-from warmctl.replay import Closure, NotReplayable, RandomState, Replay, check_loss
+from warmctl.replay import Closure, NotReplayable, RandomState, Replay, check_loss, no_trace
 from warmctl.vectors import Vector, add_, dense_gradient, locals_of
 
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
   opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns the loss; or
   opt.backward(loss)     in place of loss.backward(); or
   opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)."""
-FORWARD_COST = 1 / 3
-"""A forward pass in gradient evaluations."""
+NOT_CAPTURED = (
+    "the model's own loss is not what is trained on: its gradient is not the gradient of the step. Give opt.step() a "
+    "closure, or call opt.backward(loss) in place of loss.backward()."
+)
+EXACT, CLOSE = 1.0, 0.5
+"""How a repeated gradient compares with that of the step: the same, or the same but for clipping or a small term."""
+Result = TypeVar("Result")
 NOT_REPLAYABLE = (
-    "{error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before "
+    "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before "
     "opt.step()."
 )
 
@@ -41,12 +47,39 @@ class Evaluation:
         random_state: all streams just before it, or None.
         loss: its value, or None.
         untouched: `.grad` still holds what one evaluation left there: not accumulated, clipped or rescaled.
+        weight: how often it is in `.grad`: more than once where a closure adds to earlier micro-batches.
     """
 
     closure: Closure | None = None
     random_state: RandomState | None = None
     loss: Tensor | None = None
     untouched: bool = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RealisedUpdate:
+    """What is needed to measure along an update once it is made: the loss, the parameters and the gradient before it."""
+
+    replay: Replay
+    before: Vector
+    gradient: Vector
+    cost: float
+
+    def measure(self, scale: float) -> Measurement:
+        """−½ ΔᵀHΔ / (gᵀΔ) over `scale`, with HΔ from the gradients at both ends.
+
+        On a quadratic that is 1 − ΔL/(gᵀΔ), but a small step is not lost in the rounding of the loss. A constant
+        factor on the loss does not matter. Undefined, and said so, where the update was not a descent direction.
+        """
+        params = self.replay.params
+        inner = distributed.inner_product(params)
+        update = add_([t.clone() for t in locals_of(params)], self.before, -1.0)
+        slope = inner(self.gradient, update)
+        if not slope < 0:
+            return failed("the update does not descend the gradient of its batch")
+        bend = inner(self.replay.gradient()[1], update) - slope
+        return Measurement(-0.5 * bend / slope / scale, 0.0, bend / inner(update, update), math.nan, 0, 1.0)
 
 
 class Prober:
@@ -58,78 +91,92 @@ class Prober:
         self.model, self.estimator, self.loss_fn = model, estimator, loss_fn
         self.capture = ModelCapture(model)
         self.observed: tuple[Any, RandomState] | None = None
-        self.closure_replays: bool | None = None
+        self.closure_replays = -1.0  # EXACT, CLOSE or 0 once tried
+        self._evaluations = 0
         self.why_no_source = "there is no loss that can be evaluated again"
 
     def has_source(self, evaluation: Evaluation) -> bool:
-        return evaluation.closure is not None or self.observed is not None or self.capture.forwards > 0
+        replays = evaluation.closure is not None and self.closure_replays != 0.0
+        return replays or self.observed is not None or (self.capture.forwards > 0 and self.capture.trained_on)
 
     def probe(self, evaluation: Evaluation, params: list[Tensor], seed: int) -> Measurement:
         """Measure the coming step. Cost: the estimator's; 1 more at the first, to see that the closure can be repeated."""
-        extra = 0.0
-        self.capture.enabled = False
-        try:
-            if evaluation.closure is not None and self.closure_replays is None:
-                extra = 1.0
-                self._check_closure(evaluation, params)
-            source = self._source(evaluation, params)
+
+        def measure() -> Measurement:
+            source = self._checked_source(evaluation, params)
             if source is None:
-                return failed(self.why_no_source, extra)
+                return failed(self.why_no_source)
             replay, gradient, weight = source
+            before = self._evaluations
             found = self.estimator.measure(replay, gradient, seed)
-            return replace(found.times(weight), cost=found.cost + extra)
-        except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-            return failed(_first_line(error), extra)
-        finally:
-            self.capture.enabled = True
+            return replace(found.times(weight), cost=found.cost + before)
+
+        return self._guarded(measure)
 
     def on_graph(self, loss: Tensor, params: list[Tensor], seed: int) -> Measurement:
         """Measure on the graph of `loss`, still alive after its backward pass, by double backward; `.grad` is set."""
         try:
-            with HessianOperator.on_graph(loss, params, inner=distributed.inner_product(params)) as operator:
+            inner, average = distributed.inner_product(params), distributed.averager(params)
+            with no_trace(params, self.model):  # checkpointed modules run again
+                operator = HessianOperator.on_graph(loss, params, average, inner=inner)
+            with operator:
                 return self.estimator.measure_on(operator, seed)
-        except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-            return failed(f"{_first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead")
+        except Exception as error:
+            return failed(f"{first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead")
 
-    def realised(self, evaluation: Evaluation, params: list[Tensor], before: Vector, scale: float) -> Measurement:
-        """The stability ratio along the update just made, 1 − ΔL/(gᵀΔ), over `scale`: for rules without a threshold.
+    def before_update(self, evaluation: Evaluation, params: list[Tensor]) -> RealisedUpdate | Measurement:
+        """Begin to measure along the update about to be made, for rules without a threshold; see `RealisedUpdate`.
 
-        Args:
-            before: the parameters before the update; `.grad` still holds the gradient there.
-            scale: the scale at which it was made, above 0.
-
-        Cost: one forward pass. Undefined, and said so, where the update was not a descent direction.
+        Cost: 1 if the gradient is not at hand, 1 at the first to see that the closure can be repeated.
         """
-        self.capture.enabled = False
-        try:
-            source = self._source(evaluation, params)
+
+        def begin() -> RealisedUpdate | Measurement:
+            source = self._checked_source(evaluation, params)
             if source is None:
                 return failed(self.why_no_source)
             replay, gradient, _ = source
-            inner = distributed.inner_product(params)
-            update = add_([t.clone() for t in locals_of(params)], before, -1.0)
-            slope = inner(gradient if gradient is not None else [dense_gradient(p) for p in params], update)
-            if not slope < 0:
-                return failed("the update does not descend the gradient of its batch", FORWARD_COST)
-            after = replay.value()
-            start = float(evaluation.loss) if evaluation.loss is not None else math.nan
-            ratio = (1.0 - (after - start) / slope) / scale
-            return Measurement(ratio, 0.0, math.nan, 1.0, 0, FORWARD_COST, "")
-        except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-            return failed(_first_line(error))
-        finally:
-            self.capture.enabled = True
+            # `.grad` is copied: the update may write to it.
+            gradient = replay.gradient()[1] if gradient is None else [g.clone() for g in gradient]
+            return RealisedUpdate(replay, [t.clone() for t in locals_of(params)], gradient, self._evaluations)
+
+        return self._guarded(begin)
+
+    def after_update(self, update: RealisedUpdate, scale: float) -> Measurement:
+        """The ratio along the update that was made at `scale`. Cost: 1 more."""
+        found = self._guarded(lambda: update.measure(scale))
+        return replace(found, cost=found.cost + update.cost)
 
     def forget(self) -> None:
         """Drop the batch of the step just made."""
         self.observed = None
         self.capture.clear()
 
+    def _guarded(self, work: Callable[[], Result]) -> Result | Measurement:
+        """Nothing that goes wrong in `work` reaches training; what was spent until then is counted."""
+        recording, self.capture.enabled = self.capture.enabled, False
+        self._evaluations = 0
+        try:
+            result = work()
+        except Exception as error:
+            return failed(first_line(error), float(self._evaluations))
+        finally:
+            self.capture.enabled = recording
+        if isinstance(result, Measurement) and result.reason and not result.cost:
+            return replace(result, cost=float(self._evaluations))
+        return result
+
+    def _checked_source(
+        self, evaluation: Evaluation, params: list[Tensor]
+    ) -> tuple[Replay, Vector | None, float] | None:
+        if evaluation.closure is not None and self.closure_replays < 0:
+            self._check_closure(evaluation, params)
+        return self._source(evaluation, params)
+
     def _source(self, evaluation: Evaluation, params: list[Tensor]) -> tuple[Replay, Vector | None, float] | None:
         """A replay, its gradient at the present parameters if it is at hand, and its weight in the whole loss."""
-        present = [dense_gradient(p) for p in params] if evaluation.untouched else None
-        if evaluation.closure is not None and self.closure_replays:
-            return self._replay(evaluation.closure, params, evaluation.random_state), present, 1.0
+        present = [_kept_gradient(p) for p in params] if evaluation.untouched else None
+        if evaluation.closure is not None and self.closure_replays > 0.0:
+            return self._replay(evaluation.closure, params, evaluation.random_state), present, evaluation.weight
         if self.observed is not None and self.loss_fn is not None:
             batch, random_state = self.observed
             loss_fn = self.loss_fn
@@ -141,44 +188,66 @@ class Prober:
                 return value
 
             return self._replay(closure, params, random_state), None, 1.0
-        captured = self.capture.closure()
-        if captured is None:
+        return self._captured(present, params)
+
+    def _captured(self, present: Vector | None, params: list[Tensor]) -> tuple[Replay, Vector | None, float] | None:
+        """The model's own loss. The first time, its gradient must be that of the step: a loop may add other terms."""
+        closure = self.capture.closure()
+        if closure is None or self.closure_replays == 0.0:
             return None
-        replay = self._replay(captured, params, self.capture.random_state)
-        if present is not None and self.capture.forwards == 1:
+        replay = self._replay(closure, params, self.capture.random_state)
+        single = self.capture.forwards == 1
+        if present is not None and single and self.closure_replays == EXACT:
             return replay, present, 1.0
         gradient = replay.gradient()[1]
-        return replay, gradient, self._accumulation_weight(gradient, params)
-
-    def _accumulation_weight(self, gradient: Vector, params: list[Tensor]) -> float:
-        """n where the n micro-batches of this step were summed, 1 where they were averaged (or there was one).
-
-        An average of gradients cannot reach further along one of them than that one does; a sum does.
-        """
-        count = self.capture.forwards
-        if count < 2:
-            return 1.0
         inner = distributed.inner_product(params)
-        reach = inner([dense_gradient(p) for p in params], gradient) / max(inner(gradient, gradient), 1e-30)
-        return float(count) if reach > 1.05 else 1.0
+        step = [dense_gradient(p) for p in params]
+        reach, size = inner(step, gradient), inner(gradient, gradient)
+        if single and self.closure_replays < 0.0:
+            alike = reach >= 0.99 * math.sqrt(size * inner(step, step))
+            rest = add_([s.clone() for s in step], gradient, -1.0)
+            exact = present is not None and inner(rest, rest) <= 1e-6 * size
+            self.closure_replays = (EXACT if exact else CLOSE) if alike else 0.0
+            if not alike:
+                self.why_no_source = NOT_CAPTURED
+                return None
+        # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
+        # them than that one does; a sum does.
+        summed = max(float(w) for w in self.capture.weights) >= SCALED and reach > 1.05 * size
+        return replay, gradient, float(self.capture.forwards) if summed else 1.0
 
     def _check_closure(self, evaluation: Evaluation, params: list[Tensor]) -> None:
         """Evaluate the closure once more in place: one that draws data or keeps state cannot be measured on."""
         replay = self._replay(evaluation.closure, params, evaluation.random_state)
-        loss = float(evaluation.loss) if evaluation.loss is not None else math.nan
+        loss = math.nan if evaluation.loss is None else float(evaluation.loss)
+        if not math.isfinite(distributed.agree([loss], params[0].device)[0]):
+            raise ArithmeticError("the loss is not finite")
+        gradient = [dense_gradient(p) for p in params] if evaluation.untouched else None
+        if gradient is not None and not math.isfinite(distributed.inner_product(params)(gradient, gradient)):
+            raise ArithmeticError("the gradient is not finite")
         try:
-            replay.verify(loss, [dense_gradient(p) for p in params] if evaluation.untouched else None)
+            replay.verify(loss, gradient)
             agreed = 1.0
-        except NotReplayable as error:
-            self.why_no_source = NOT_REPLAYABLE.format(error=error)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            what = str(error) if isinstance(error, NotReplayable) else f"evaluating it again failed: {first_line(error)}"
+            self.why_no_source = NOT_REPLAYABLE.format(error=what)
             agreed = 0.0
-        self.closure_replays = distributed.agree([agreed], params[0].device)[0] == 1.0
+        self.closure_replays = float(distributed.agree([agreed], params[0].device)[0] == 1.0)
 
     def _replay(self, closure: Closure | None, params: list[Tensor], random_state: RandomState | None) -> Replay:
         assert closure is not None
-        average = None if distributed.is_sharded(params) else distributed.average_
-        return Replay(closure, params, self.model, random_state, average)
+        repeated = closure
+
+        def counted() -> Any:
+            self._evaluations += 1
+            return repeated()
+
+        return Replay(counted, params, self.model, random_state, distributed.averager(params))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+def _kept_gradient(param: Tensor) -> Tensor:
+    """This process's part of `.grad`, copied where DDP would write the next one over it (gradient_as_bucket_view)."""
+    gradient = dense_gradient(param)
+    return gradient.clone() if param.grad is not None and param.grad._is_view() else gradient

@@ -10,13 +10,14 @@ Gradients are taken where `backward` returns, before anything else in the closur
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -133,6 +134,25 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+T = TypeVar("T")
+
+
+def _with_grads_if_needed(evaluate: Callable[[Replay], T]) -> Callable[[Replay], T]:
+    """Evaluates once more, with zeros in `.grad`, a closure that fails between its backward and its end."""
+
+    @functools.wraps(evaluate)
+    def evaluate_again(replay: Replay) -> T:
+        try:
+            return evaluate(replay)
+        except (AttributeError, RuntimeError, TypeError):
+            if replay._needs_grads or not replay._intercepted:
+                raise
+            replay._needs_grads = True
+            return evaluate(replay)
+
+    return evaluate_again
+
+
 class Replay:
     """A loss that can be evaluated again and again, always from the same random state.
 
@@ -147,7 +167,8 @@ class Replay:
         precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that of the
             parameters, or of bfloat16 or float16 where autocast is on. Compiled code hides it.
 
-    While the closure runs, and after its backward, every `.grad` is None.
+    While the closure runs, and after its backward, every `.grad` is None; or zero if it turns out that the closure
+    cannot do without (clip_grad_value_, say), which costs one parameter-sized vector while it runs.
     """
 
     def __init__(
@@ -165,6 +186,7 @@ class Replay:
         self.reduce = reduce
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
+        self._needs_grads = self._intercepted = False
 
     @classmethod
     def of_loss(cls, loss: Callable[[], Tensor], params: Sequence[Tensor], **kwargs: Any) -> Replay:
@@ -178,6 +200,7 @@ class Replay:
 
         return cls(closure, params, **kwargs)
 
+    @_with_grads_if_needed
     def gradient(self) -> tuple[float, Vector]:
         """The loss and its gradient (dense, this process's shards), by a real backward pass. Cost: 1."""
         total: Vector = []
@@ -192,7 +215,7 @@ class Replay:
             for p in self.params:
                 p.grad = None
             dense = [
-                torch.zeros_like(local(p.detach())) if g is None else _dense(local(g.detach()))
+                torch.zeros_like(local(p.detach())) if g is None else _dense(g)
                 for p, g in zip(self.params, new, strict=True)
             ]
             total = add_(total, dense) if total else dense
@@ -205,13 +228,11 @@ class Replay:
         return _as_float(loss), total
 
     def loss(self) -> Tensor:
-        """The loss with its graph still alive, evaluated with twice differentiable kernels. Cost: one forward pass.
-
-        Raises RuntimeError where the graph hides parameters: inside reentrant checkpoints.
-        """
+        """The loss with its graph still alive, evaluated with twice differentiable kernels. Cost: one forward pass."""
         with self.untouched():
             return self.bare_loss()
 
+    @_with_grads_if_needed
     def bare_loss(self) -> Tensor:
         """`loss` without putting anything back, for use inside `untouched` and inside torch.func transforms."""
         parts: list[Tensor] = []
@@ -226,10 +247,9 @@ class Replay:
             self._run(keep)
         if not parts:
             raise ValueError(NO_BACKWARD)
-        if any("CheckpointFunction" in node.name() for node in _graph_nodes(parts)):
-            raise RuntimeError("reentrant checkpointing hides parameters from the graph: set use_reentrant=False")
         return torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in parts]).sum()
 
+    @_with_grads_if_needed
     def value(self) -> float:
         """The loss alone, without gradient. Cost: one forward pass, about a third of a gradient."""
         return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
@@ -261,10 +281,20 @@ class Replay:
             return self._run(on_backward)
 
     def _run(self, on_backward: Callable[..., None]) -> Any:
+        def handle(*args: Any, **kwargs: Any) -> None:
+            for p in self.params:
+                p.grad = None
+            on_backward(*args, **kwargs)
+            self._intercepted = True
+            if self._needs_grads:
+                for p in self.params:
+                    p.grad = torch.zeros_like(p)
+
         # Autocast caches the parameters it has cast: neither may we see them, nor the caller ours.
+        self._intercepted = False
         torch.clear_autocast_cache()
         try:
-            with intercept_backward(on_backward):
+            with intercept_backward(handle):
                 self.random_state.restore()
                 return self.closure()
         finally:
@@ -322,9 +352,18 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .mean()")
 
 
+def check_graph(loss: Tensor) -> None:
+    """Raise RuntimeError where the graph hides parameters, which would pass for parameters that are not used."""
+    if any("CheckpointFunction" in node.name() for node in _graph_nodes([loss])):
+        raise RuntimeError("reentrant checkpointing hides parameters from the graph: set use_reentrant=False")
+
+
 def _dense(grad: Tensor) -> Tensor:
-    """A dense tensor that the next backward pass will not write into."""
-    return grad.to_dense() if grad.layout != torch.strided else grad.clone() if grad._is_view() else grad
+    """This process's part as a dense tensor that the next backward pass will not write into."""
+    part = local(grad.detach())
+    if part.layout != torch.strided:
+        return part.to_dense()
+    return part.clone() if grad._is_view() else part
 
 
 def _as_float(loss: Any) -> float:

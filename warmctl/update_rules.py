@@ -12,8 +12,8 @@ factor on the rates is a factor on r. Where all groups have the same η and w, r
 
     η·λ_max(P^-½ (H + c) P^-½) = τ (1 − ηw/2) q
 
-and `threshold` is the right side without q. H is the Hessian of what the optimizer minimises: under `maximize`
-the caller takes −H, and passes the raw gradient all the same.
+and `threshold` is the right side without q. H is the Hessian of what the optimizer minimises: under
+`maximize` the caller takes −H, and passes the raw gradient all the same.
 
 An optimizer that is not known here has no rule (`update_rule` returns None). Rprop, Adafactor, Muon, LBFGS
 and SparseAdam (whose moments move only in the rows in use) are left to a ratio measured along the update.
@@ -199,7 +199,7 @@ def _decay(group: Group) -> float:
 
 @torch.no_grad()
 def _decayed(params: Tensors, grads: Tensors, group: Group, decay: float) -> list[Tensor]:
-    """The gradients as the optimizer takes them: dense, negated to maximise, coupled decay added, detached."""
+    """The gradients as the optimizer takes them: dense, negated to maximise, coupled decay added."""
     taken = [g.to_dense() if g.is_sparse else g.detach() for g in grads]
     if group.get("maximize"):
         taken = list(torch._foreach_neg(taken))
@@ -334,7 +334,7 @@ def _rectified(root: Tensor, step: Scalar, beta2: float) -> Tensor:
     """RAdam's P from √v + ε; `longest` and `length` are ρ_∞ and ρ_t of Liu et al. 2019 (arXiv 1908.03265)."""
     longest, correction = 2 / (1 - beta2) - 1, _bias_correction(beta2, step)
     length = longest - 2 * step * beta2**step / correction
-    if longest <= 5 or (isinstance(length, float) and length <= 5):
+    if isinstance(length, float) and length <= 5:
         return torch.ones_like(root)
     variance = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
     rectified = root / (correction * variance) ** 0.5

@@ -1,0 +1,1 @@
+"""Claims about warmctl, one file each, and the problems that they share."""

@@ -1,0 +1,334 @@
+"""Checks that need several processes. Run by test_distributed.py under torchrun; rank 0 prints one line of JSON.
+
+Every check runs on both ranks, on different halves of the same batches, and returns what each rank saw. A two-rank
+gradient is the mean of the halves' gradients: that of the whole batch, which one process can measure alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from warmctl import AdaptiveWarmup, sharpness
+
+Check = Callable[[], dict[str, Any]]
+CHECKS: dict[str, Check] = {}
+ROWS, WIDTH, STEPS = 32, 12, 6
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+class Regressor(nn.Module):
+    """Returns its own loss, as Hugging Face's models do."""
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2))
+        self.spare = nn.Linear(3, 3) if unused else None
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.mse_loss(self.body(x), y)}
+
+
+def build(seed: int = 0, unused: bool = False) -> Regressor:
+    """The same weights on every rank; float64, so that finite differences are good to 1e-3 of λ and better."""
+    torch.manual_seed(seed)
+    return Regressor(unused).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The whole batch of a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
+    return x, torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
+
+
+def own(step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a batch, or one of its micro-batches."""
+    index = dist.get_rank() * parts + part
+    rows = ROWS // (dist.get_world_size() * parts)
+    return tuple(t[index * rows : (index + 1) * rows] for t in batch(step))  # type: ignore[return-value]
+
+
+def wrap(model: nn.Module, known: nn.Module, **options: Any) -> AdaptiveWarmup:
+    base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    return AdaptiveWarmup(base, known, **{"every": 1, "probe_steps": 20, **options})
+
+
+def train(model: nn.Module, opt: AdaptiveWarmup, source: str, steps: range = range(STEPS)) -> None:
+    """`steps` steps from a closure, from the model's captured loss, or from `opt.backward`."""
+    for step in steps:
+        x, y = own(step)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            opt.zero_grad()
+            loss: Tensor = model(x, y)["loss"]
+            loss.backward()
+            return loss
+
+        if source == "closure":
+            opt.step(closure)
+        elif source == "captured":
+            closure()
+            opt.step()
+        else:
+            opt.zero_grad()
+            opt.backward(nn.functional.mse_loss(model(x), y))
+            opt.step()
+
+
+def truth(model: nn.Module, step: int = 0) -> float:
+    """λ_max on the whole batch, by one process alone, in float64 by double backward."""
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        out = m(*b)["loss"] if isinstance(m, Regressor) else nn.functional.mse_loss(m(b[0]), b[1])
+        return out
+
+    return sharpness(model, loss, batch(step), tol=1e-8).eigenvalue
+
+
+def seen(model: nn.Module, opt: AdaptiveWarmup, expected: float) -> dict[str, Any]:
+    """What a rank saw: its decisions, its final weights, its failures, and λ at the first step beside the truth."""
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    rows = list(opt.history)
+    return {
+        "decisions": [(row["scale"], row["stability_ratio"], row["phase"]) for row in rows],
+        "weights": torch.cat([w.detach().flatten() for w in weights]).tolist(),
+        "probes": opt.metrics["probes"],
+        "failures": [row["reason"] for row in rows if "failed" in row["reason"]],
+        "sharpness": next(row["sharpness"] for row in rows if row["probed"]),
+        "expected": expected,
+        "method": opt.estimator.method,
+    }
+
+
+def ddp(source: str, *, known: str, bare: bool = False, unused: bool = False, **options: Any) -> dict[str, Any]:
+    """Train under DDP. `known` is the model the wrapper is given: the one inside, or DDP's."""
+    model = build(unused=unused)
+    expected = truth(model)
+    if known == "inner":
+        opt = wrap(model, model)
+    outer = DistributedDataParallel(model.body if bare else model, find_unused_parameters=unused, **options)
+    if known == "outer":
+        opt = wrap(outer, outer)
+    train(outer, opt, source)
+    return seen(model, opt, expected)
+
+
+@check
+def ddp_inner_closure() -> dict[str, Any]:
+    return ddp("closure", known="inner")
+
+
+@check
+def ddp_inner_captured() -> dict[str, Any]:
+    return ddp("captured", known="inner")
+
+
+@check
+def ddp_outer_closure() -> dict[str, Any]:
+    return ddp("closure", known="outer")
+
+
+@check
+def ddp_outer_captured() -> dict[str, Any]:
+    return ddp("captured", known="outer")
+
+
+@check
+def ddp_bucket_view_unused() -> dict[str, Any]:
+    return ddp("closure", known="outer", unused=True, gradient_as_bucket_view=True)
+
+
+@check
+def ddp_bucket_view_unused_captured() -> dict[str, Any]:
+    return ddp("captured", known="inner", unused=True, gradient_as_bucket_view=True)
+
+
+@check
+def ddp_backward() -> dict[str, Any]:
+    model = build()
+    opt = wrap(model, model)
+    outer = DistributedDataParallel(model.body)
+    train(outer, opt, "backward")
+    with torch.no_grad():  # the live graph answers one step late: at the weights of step 1
+        fresh = build()
+    expected = math_after_first_step(fresh, opt)
+    return seen(model, opt, expected)
+
+
+def math_after_first_step(model: nn.Module, opt: AdaptiveWarmup) -> float:
+    """λ on the batch of the step whose backward made the first probe, at the weights it had then."""
+    first = next(i for i, row in enumerate(opt.history) if row["probed"])
+    base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for step in range(first):
+        base.param_groups[0]["lr"] = list(opt.history)[step]["lr"]
+        base.zero_grad()
+        model(*batch(step))["loss"].backward()
+        base.step()
+    return truth(model, first)
+
+
+@check
+def ddp_no_sync() -> dict[str, Any]:
+    """Two micro-batches a step, reduced at the second only; the wrapper sees the captured loss of the last."""
+    model = build()
+    bare = copy.deepcopy(model)
+    outer = DistributedDataParallel(model)
+    opt = wrap(model, outer)
+    for step in range(STEPS):
+        opt.zero_grad()
+        for part in range(2):
+            with outer.no_sync() if part == 0 else nullcontext():
+                (outer(*own(step, part, 2))["loss"] / 2).backward()
+        opt.step()
+    last = [tuple(t[r * 16 + 8 : r * 16 + 16] for t in batch(0)) for r in range(2)]
+    both = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+    expected = sharpness(bare, lambda m, b: m(*b)["loss"], both, tol=1e-8).eigenvalue
+    return seen(model, opt, expected)
+
+
+@check
+def monitor_leaves_no_trace() -> dict[str, Any]:
+    """With control=False, weights under DDP with bucket views are those of the bare optimizer, bit for bit."""
+    runs = []
+    for monitored in (True, False):
+        model = build()
+        outer = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        opt = AdaptiveWarmup(base, outer, every=1, control=False) if monitored else base
+        train(outer, opt, "captured")  # type: ignore[arg-type]
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        if monitored:
+            failures = [row["reason"] for row in opt.history if "failed" in row["reason"]]  # type: ignore[attr-defined]
+    return {"equal": bool(torch.equal(*runs)), "failures": failures}
+
+
+def shard(model: Regressor) -> Regressor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.body:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def fsdp(source: str) -> dict[str, Any]:
+    model = build()
+    expected = truth(model)
+    shard(model)
+    opt = wrap(model, model)
+    train(model, opt, source)
+    return seen(model, opt, expected)
+
+
+@check
+def fsdp_closure() -> dict[str, Any]:
+    return fsdp("closure")
+
+
+@check
+def fsdp_captured() -> dict[str, Any]:
+    return fsdp("captured")
+
+
+@check
+def fsdp_checkpoint() -> dict[str, Any]:
+    """Saved after three steps by torch.distributed.checkpoint, loaded into another model, run on."""
+
+    def fresh(seed: int) -> tuple[Regressor, AdaptiveWarmup]:
+        model = shard(build(seed))
+        base = torch.optim.AdamW(model.parameters(), lr=0.05)
+        return model, AdaptiveWarmup(base, model, every=2)
+
+    def state(model: Regressor, opt: AdaptiveWarmup) -> dict[str, Any]:
+        weights, moments = get_state_dict(model, opt)
+        return {"model": weights, "optimizer": moments}
+
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    model, opt = fresh(0)
+    train(model, opt, "closure", range(3))
+    at_save = (opt.phase, opt.metrics["scale"])
+    dcp.save(state(model, opt), checkpoint_id=Path(folder[0]))
+    train(model, opt, "closure", range(3, 9))
+
+    other, resumed = fresh(1)
+    loaded = state(other, resumed)
+    dcp.load(loaded, checkpoint_id=Path(folder[0]))
+    set_state_dict(other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    at_load = (resumed.phase, resumed.metrics["scale"])
+    train(other, resumed, "closure", range(3, 9))
+    decisions = [
+        [(r["step"], r["scale"], repr(r["stability_ratio"]), r["probed"], r["overhead"]) for r in o.history if r["step"] > 3]
+        for o in (opt, resumed)
+    ]
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return {
+        "at_save": at_save,
+        "at_load": at_load,
+        "decisions": decisions,
+        "equal": all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in pairs),  # type: ignore[attr-defined]
+        "probed": sum(row["probed"] for row in resumed.history),
+        "failures": [row["reason"] for row in opt.history if "failed" in row["reason"]],
+    }
+
+
+@check
+def failure_on_one_rank() -> dict[str, Any]:
+    """A probe that finds nan on one rank is a failure on both."""
+    model = build()
+    opt = wrap(model, model)
+    outer = DistributedDataParallel(model)
+    train(outer, opt, "captured", range(2))
+    before = opt.metrics["scale"]
+    if dist.get_rank() == 1:
+        opt.prober.probe = lambda *a, **k: opt.last.times(float("nan"))  # type: ignore[method-assign,union-attr]
+    else:
+        opt.prober.probe = lambda *a, **k: opt.last.times(0.5)  # type: ignore[method-assign,union-attr]
+    train(outer, opt, "captured", range(2, 3))
+    return {"before": before, "after": opt.metrics["scale"], "reason": opt.metrics["reason"]}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results: dict[str, Any] = {}
+    for name, function in CHECKS.items():
+        if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            continue
+        try:
+            found: Any = function()
+        except Exception:  # reported to the test, which fails with it
+            found = {"error": traceback.format_exc()}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, found)
+        results[name] = ranks
+    if dist.get_rank() == 0:
+        print("RESULTS " + json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A tiny training run, and bitwise comparison of everything that it touches. Shared by the tests of the wrapper."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from warmctl import AdaptiveWarmup
+
+Batch = tuple[Tensor, Tensor]
+METRICS = (
+    "step", "phase", "scale", "lr", "sharpness", "threshold", "stability_ratio", "target", "residual", "hvps",
+    "probes", "overhead", "reason",
+)  # fmt: skip
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def noisy_net(seed: int = 0) -> nn.Sequential:
+    """Keeps buffers and draws random numbers: batch norm and dropout."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def batch_of(step: int, size: int = 16) -> Batch:
+    """The mini-batch of a step: the same whoever asks, and the global random streams are not touched."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(size, 6, generator=generator)
+    return x, (x[:, :3] > 0).to(x.dtype)
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def closure_for(opt: torch.optim.Optimizer, model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(opt: torch.optim.Optimizer, model: nn.Module, steps: Iterable[int]) -> list[dict[str, Any]]:
+    """Train with closures on the batches of these steps; the wrapper's metrics after each one."""
+    rows = []
+    for step in steps:
+        opt.step(closure_for(opt, model, batch_of(step)))
+        rows.append(dict(getattr(opt, "metrics", {})))
+    return rows
+
+
+def random_streams() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def everything(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a probe could leave a trace in, copied."""
+    base = opt.base if isinstance(opt, AdaptiveWarmup) else opt
+    params = [p for group in base.param_groups for p in group["params"]]
+    trace = {
+        "weights and buffers": model.state_dict(),
+        "grad": [p.grad for p in params],
+        "state": [dict(base.state.get(p, {})) for p in params],
+        "lr": [group["lr"] for group in base.param_groups],
+        "random": random_streams(),
+        "modes": [module.training for module in model.modules()],
+        "grad mode": torch.is_grad_enabled(),
+    }
+    return dict(_copied(trace))
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, (Tensor, np.ndarray)):
+        return torch.as_tensor(tree).detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_copied(value) for value in tree]
+    return tree
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, through any nesting; NaN equals NaN."""
+    if isinstance(expected, Tensor):
+        assert isinstance(found, Tensor) and found.dtype == expected.dtype, where
+        assert torch.equal(found.nan_to_num(7.7e7), expected.nan_to_num(7.7e7)), where
+    elif isinstance(expected, Mapping):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, Sequence) and not isinstance(expected, str):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{where}/{index}")
+    else:
+        both_nan = isinstance(expected, float) and math.isnan(expected) and math.isnan(found)
+        assert both_nan or found == expected, f"{where}: {found!r} instead of {expected!r}"

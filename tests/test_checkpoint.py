@@ -1,0 +1,216 @@
+"""Resuming in any phase is bit for bit, through every checkpoint format of torch."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import assert_same, batch_of, everything, loss_fn, mlp, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from warmctl import AdaptiveWarmup
+
+Run = tuple[nn.Module, AdaptiveWarmup]
+STOP, END = 12, 24
+
+
+def by_closures(run: Run, steps: range) -> list[dict[str, Any]]:
+    return train(run[1], run[0], steps)
+
+
+def by_backward(run: Run, steps: range) -> list[dict[str, Any]]:
+    model, opt = run
+    rows = []
+    for step in steps:
+        opt.zero_grad()
+        opt.backward(loss_fn(model, batch_of(step)))
+        opt.step()
+        rows.append(dict(opt.metrics))
+    return rows
+
+
+def build(optimizer_class: Any, seed: int = 0, **options: Any) -> Run:
+    model = mlp(seed)
+    if optimizer_class is torch.optim.Muon:  # takes matrices only
+        model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    first, last = model[0].parameters(), model[-1].parameters()
+    kwargs = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    groups = [{"params": first}, {"params": last, "lr": 20.0}]
+    return model, AdaptiveWarmup(optimizer_class(groups, lr=30.0, **kwargs), model, **options)
+
+
+def through_torch_save(saved: Run, fresh: Run, path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save([saved[0].state_dict(), saved[1].state_dict()], buffer)
+    buffer.seek(0)
+    model, opt = torch.load(buffer, weights_only=True)
+    fresh[0].load_state_dict(model)
+    fresh[1].load_state_dict(opt)
+
+
+def through_dcp(flatten: bool) -> Callable[[Run, Run, Path], None]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def transfer(saved: Run, fresh: Run, path: Path) -> None:
+        model, opt = get_state_dict(*saved, options=options)
+        dcp.save({"model": model, "opt": opt}, checkpoint_id=path, no_dist=True)
+        model, opt = get_state_dict(*fresh, options=options)
+        dcp.load({"model": model, "opt": opt}, checkpoint_id=path, no_dist=True)
+        set_state_dict(*fresh, model_state_dict=model, optim_state_dict=opt, options=options)
+
+    return transfer
+
+
+def through_dcp_without_a_template(saved: Run, fresh: Run, path: Path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, opt = copy.deepcopy(get_state_dict(*saved, options=options))
+    set_state_dict(*fresh, model_state_dict=model, optim_state_dict=opt, options=options)
+
+
+FORMATS = {
+    "torch.save": through_torch_save,
+    "dcp": through_dcp(False),
+    "dcp-flat": through_dcp(True),
+    "dcp-flat-direct": through_dcp_without_a_template,
+}
+PHASES = {
+    "warmup": {},
+    "dense": {"every": 1},
+    "guard": {"max_warmup": 4},
+    "done": {"max_warmup": 4, "after": "hold"},
+    "release": {"max_warmup": 11, "after": "release"},
+}
+OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Muon)
+
+
+@pytest.mark.filterwarnings("ignore:warmctl:RuntimeWarning")
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_resuming_is_bit_for_bit(form: str, phase: str, optimizer_class: Any, tmp_path: Path) -> None:
+    options = PHASES[phase]
+    unbroken = build(optimizer_class, **options)
+    by_closures(unbroken, range(STOP))
+    fresh = build(optimizer_class, seed=1, **options)
+    before = everything(*unbroken)
+    FORMATS[form](unbroken, fresh, tmp_path)
+    assert_same(everything(*unbroken), before)  # saving moves nothing
+    assert fresh[1].phase == unbroken[1].phase
+    expected = by_closures(unbroken, range(STOP, END))
+    assert_same(by_closures(fresh, range(STOP, END)), expected)
+    assert_same(everything(*fresh), everything(*unbroken))
+    assert fresh[1].metrics["probes"] > 0
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 6])
+def test_resuming_a_loop_without_closures_is_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    """A probe on the live graph is asked for at one step and made at the next."""
+    unbroken, fresh = (build(torch.optim.SGD, seed=seed, every=3) for seed in (0, 1))
+    by_backward(unbroken, range(stop))
+    through_torch_save(unbroken, fresh, tmp_path)
+    assert_same(by_backward(fresh, range(stop, END)), by_backward(unbroken, range(stop, END)))
+    assert_same(everything(*fresh), everything(*unbroken))
+
+
+@pytest.mark.parametrize("form", ["torch.save", "dcp", "dcp-flat"])
+def test_a_run_can_be_wound_back(form: str, tmp_path: Path) -> None:
+    """Loading into an optimizer that has state of its own already."""
+    run, later = build(torch.optim.AdamW), build(torch.optim.AdamW, seed=1)
+    by_closures(run, range(STOP))
+    by_closures(later, range(STOP + 5))
+    FORMATS[form](run, later, tmp_path)
+    assert_same(by_closures(later, range(STOP, END)), by_closures(run, range(STOP, END)))
+
+
+@pytest.mark.parametrize("form", ["dcp", "dcp-flat"])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_the_step_that_dcp_makes_is_none(form: str, optimizer_class: Any) -> None:
+    """On an empty state it calls step(closure=None) with zero gradients and a rate of 0."""
+    model, opt = build(optimizer_class)
+    before = copy.deepcopy(model.state_dict())
+    get_state_dict(model, opt, options=StateDictOptions(flatten_optimizer_state_dict=form == "dcp-flat"))
+    assert_same(model.state_dict(), before)
+    assert opt.metrics["step"] == opt.metrics["probes"] == len(opt.history) == 0
+    reference = build(optimizer_class)
+    by_closures((model, opt), range(1)), by_closures(reference, range(1))
+    assert_same(opt.metrics, reference[1].metrics)
+
+
+def test_a_state_dict_holds_tensors_and_primitives_and_does_not_change_with_training() -> None:
+    run = build(torch.optim.AdamW)
+    by_closures(run, range(3))
+    saved = run[1].state_dict()
+    kept = copy.deepcopy(saved)
+    by_closures(run, range(3, 6))
+    saved["state"].pop(0)  # the dictionaries are the caller's
+    kept["state"].pop(0)
+    moments = [entry.pop("warmctl_vector") for entry in saved["state"].values()]
+    assert_same(moments, [entry.pop("warmctl_vector") for entry in kept["state"].values()])
+    assert_same(saved["param_groups"], kept["param_groups"])
+    assert set(run[1].base.state[run[0][0].weight]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_a_bare_optimizers_state_loads_and_warmup_begins(optimizer_class: Any) -> None:
+    model, opt = build(optimizer_class, max_warmup=2)
+    by_closures((model, opt), range(4))
+    assert opt.phase != "warmup"
+    bare = copy.deepcopy(opt.base.state_dict())
+    bare["param_groups"][0].pop("warmctl")
+    opt.load_state_dict(state_dict=bare)
+    assert opt.phase == "warmup"
+    by_closures((model, opt), range(4, 6))
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_a_bare_optimizer_loads_ours(optimizer_class: Any) -> None:
+    run, bare = build(optimizer_class), build(optimizer_class)
+    by_closures(run, range(5))
+    bare[0].load_state_dict(run[0].state_dict())
+    bare[1].base.load_state_dict(run[1].state_dict())
+    for model, opt in (run, bare):  # the same bare step from here
+        model.zero_grad()
+        loss_fn(model, batch_of(5)).backward()
+        opt.base.step()
+    assert_same(bare[0].state_dict(), run[0].state_dict())
+
+
+def _fewer_groups(saved: dict[str, Any]) -> None:
+    saved["param_groups"].pop()
+
+
+def _fewer_params(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["params"].pop()
+
+
+def _other_shapes(saved: dict[str, Any]) -> None:
+    for entry in saved["state"].values():
+        entry["warmctl_vector"] = entry["warmctl_vector"][:-1]
+
+
+def _later_format(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["warmctl"][0] = 99.0
+
+
+def _cut_short(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["warmctl"] = saved["param_groups"][0]["warmctl"][:-1]
+
+
+@pytest.mark.parametrize("damage", [_fewer_groups, _fewer_params, _other_shapes, _later_format, _cut_short])
+def test_a_changed_layout_is_an_error_that_leaves_the_run_as_it_was(damage: Callable[..., None]) -> None:
+    run = build(torch.optim.AdamW)
+    by_closures(run, range(3))
+    saved = copy.deepcopy(run[1].state_dict())
+    damage(saved)
+    before, metrics = everything(*run), run[1].metrics
+    with pytest.raises(ValueError, match=r"group|format|shape"):
+        run[1].load_state_dict(saved)
+    assert_same(everything(*run), before)
+    assert_same(run[1].metrics, metrics)
