@@ -73,7 +73,7 @@ def everything(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
     trace = {
         "weights and buffers": model.state_dict(),
         "grad": [p.grad for p in params],
-        "state": [dict(base.state.get(p, {})) for p in params],
+        "state": [{k: v for k, v in base.state.get(p, {}).items() if k != "warmctl_vector"} for p in params],
         "lr": [group["lr"] for group in base.param_groups],
         "random": random_streams(),
         "modes": [module.training for module in model.modules()],

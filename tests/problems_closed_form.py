@@ -1,7 +1,7 @@
 """Small problems with a known Hessian, shared by the tests, and the dense oracle they are held against.
 
-The oracle differentiates twice with plain autograd, row by row, in float64, on a copy of the model, and shares no
-code with the package.
+The oracle differentiates twice with plain autograd, row by row, in float64, on a copy of the model, and
+shares no code with the package.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def dense_hessian(model: nn.Module, loss_fn: LossFn, batch: Any) -> np.ndarray:
     params = [p for p in twin.parameters() if p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(twin, double(batch))
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            loss, params, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         flat = torch.cat([g.flatten() for g in grads])
         rows = []
         for entry in flat:
@@ -151,12 +153,16 @@ def seeded(seed: int) -> None:
 
 def linear_regression() -> Problem:
     seeded(0)
-    return Problem("linear regression", nn.Linear(6, 1), mean_square, (torch.randn(32, 6), torch.randn(32, 1)))
+    return Problem(
+        "linear regression", nn.Linear(6, 1), mean_square, (torch.randn(32, 6), torch.randn(32, 1))
+    )
 
 
 def softmax_regression() -> Problem:
     seeded(1)
-    return Problem("softmax regression", nn.Linear(5, 4), classification, (torch.randn(40, 5), torch.randint(4, (40,))))
+    return Problem(
+        "softmax regression", nn.Linear(5, 4), classification, (torch.randn(40, 5), torch.randint(4, (40,)))
+    )
 
 
 def tanh_mlp() -> Problem:
@@ -186,7 +192,9 @@ def convolution() -> Problem:
 def batch_norm() -> Problem:
     seeded(5)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).train()
-    return Problem("batch norm in train mode", model, classification, (torch.randn(24, 5), torch.randint(3, (24,))))
+    return Problem(
+        "batch norm in train mode", model, classification, (torch.randn(24, 5), torch.randint(3, (24,)))
+    )
 
 
 def lstm() -> Problem:
@@ -203,7 +211,9 @@ def transformer() -> Problem:
 
 def awkward() -> Problem:
     seeded(8)
-    return Problem("awkward parameters", Awkward(), classification, (torch.randint(6, (20,)), torch.randint(3, (20,))))
+    return Problem(
+        "awkward parameters", Awkward(), classification, (torch.randint(6, (20,)), torch.randint(3, (20,)))
+    )
 
 
 def group_norm() -> Problem:

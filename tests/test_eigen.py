@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from problems_closed_form import flat, unflat
 from torch import Tensor
 
@@ -24,7 +23,10 @@ class Matrix:
     def __init__(self, matrix: np.ndarray, dtype: torch.dtype = torch.float64) -> None:
         self.matrix = np.asarray(matrix, dtype=np.float64)
         half = len(self.matrix) // 2
-        self.template: Vector = [torch.zeros(half, dtype=dtype), torch.zeros(len(self.matrix) - half, 1, dtype=dtype)]
+        self.template: Vector = [
+            torch.zeros(half, dtype=dtype),
+            torch.zeros(len(self.matrix) - half, 1, dtype=dtype),
+        ]
         self.products = 0
 
     def matvec(self, vector: Vector) -> Vector:
@@ -63,15 +65,21 @@ def test_lanczos_finds_the_algebraic_top_of_any_matrix(size: int, seed: int, ran
 
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(2, 14), seed=st.integers(0, 10**6), steps=st.integers(1, 14))
-def test_lanczos_stopped_early_is_a_lower_bound_with_a_true_residual(size: int, seed: int, steps: int) -> None:
+def test_lanczos_stopped_early_is_a_lower_bound_with_a_true_residual(
+    size: int, seed: int, steps: int
+) -> None:
     a = np.random.default_rng(seed).normal(size=(size, size))
     operator = Matrix(a + a.T)
     result = lanczos(operator, steps=steps, tol=0.0, seed=seed)
     norm = np.linalg.norm(operator.matrix, 2)
     assert result.eigenvalue <= operator.top + 1e-9 * norm
-    assert result.residual == pytest.approx(true_residual(operator, result.eigenvalue, result.eigenvector), abs=1e-9 * norm)
+    assert result.residual == pytest.approx(
+        true_residual(operator, result.eigenvalue, result.eigenvector), abs=1e-9 * norm
+    )
     assert np.linalg.norm(flat(result.eigenvector)) == pytest.approx(1.0)
-    assert np.abs(np.linalg.eigvalsh(operator.matrix) - result.eigenvalue).min() <= result.residual + 1e-9 * norm
+    assert (
+        np.abs(np.linalg.eigvalsh(operator.matrix) - result.eigenvalue).min() <= result.residual + 1e-9 * norm
+    )
     assert result.hvps == operator.products <= steps
 
 
@@ -83,7 +91,9 @@ def test_power_iteration_reports_a_true_residual_and_never_too_much(size: int, s
     result = power_iteration(operator, steps=25, tol=1e-8, seed=seed)
     norm = np.linalg.norm(operator.matrix, 2)
     assert result.eigenvalue <= operator.top + 1e-9 * norm
-    assert result.residual == pytest.approx(true_residual(operator, result.eigenvalue, result.eigenvector), abs=1e-7 * norm)
+    assert result.residual == pytest.approx(
+        true_residual(operator, result.eigenvalue, result.eigenvector), abs=1e-7 * norm
+    )
     assert result.hvps == operator.products <= 25
 
 
@@ -160,7 +170,7 @@ def test_a_product_that_is_not_finite_is_not_an_eigenvalue(solve, poison: float)
 
 @pytest.mark.parametrize("solve", SOLVERS)
 def test_warm_start_saves_products(solve) -> None:
-    operator = Matrix(with_spectrum(list(np.linspace(0, 1, 60)) + [1.5]))
+    operator = Matrix(with_spectrum([*np.linspace(0, 1, 60), 1.5]))
     cold = solve(operator, steps=300, tol=1e-3)
     warm = solve(operator, start=cold.eigenvector, steps=300, tol=1e-3, noise=1e-4, seed=1)
     assert warm.converged and warm.hvps < cold.hvps / 2

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import warmctl.history
 from warmctl.history import COLUMNS, History, WarmupEnd, read_jsonl, warmup_end
@@ -126,6 +126,7 @@ scalars = (
 
 
 @settings(max_examples=50, deadline=None)
+@example([{"a": 2**60 + 1, "b": True}, {"a": 1, "b": 1.0}, {"a": True, "b": ""}])
 @given(st.lists(st.fixed_dictionaries({"a": scalars, "b": scalars}), max_size=20))
 def test_any_scalar_comes_back_with_its_type(rows: list[dict[str, Any]]) -> None:
     record = History({"step": step, **values} for step, values in enumerate(rows))

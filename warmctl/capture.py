@@ -33,13 +33,14 @@ def find_loss(output: Any) -> Tensor | None:
 
 
 class ModelCapture:
-    """Remembers the model's last training forward that returned a loss.
+    """Remembers the model's last training forward that returned a loss and was followed by a backward pass.
 
     Attributes:
-        forwards: how many there were since `clear`; more than one means gradient accumulation.
-        loss: the value of the last one, detached.
-        weights: what each of these losses was multiplied by before its backward pass, 1/n in an average of n.
-        trained_on: whether there were backward passes through the losses of the last step; a loop may ignore them.
+        forwards: how many there were since `clear`, whatever came of them.
+        weights: one for each that a backward pass went through: what its loss was multiplied by before, 1/n in an
+            average of n. More than one means gradient accumulation.
+        loss: the value of the last of these, detached.
+        trained_on: whether there were such passes at the last step; a loop may ignore the model's loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,7 +77,7 @@ class ModelCapture:
         The loss counts as often as all those of this step together, so that sums and averages of micro-batches come
         out right; once, where it was scaled up for float16.
         """
-        if self._call is None or not self.weights:
+        if self._call is None:
             return None
         args, kwargs, autocast = self._call
         weight = self.weight()
@@ -116,12 +117,13 @@ class ModelCapture:
         self._pending = None
         loss = find_loss(output)
         if loss is not None:
-            self._call, self.random_state, self.loss = call, random_state, loss.detach()
             self.forwards += 1
-            loss.register_hook(_Hook(self, "_weigh"))
+            value, hook = loss.detach(), _Hook(self, "_trained")
+            loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))
 
-    def _weigh(self, gradient: Tensor) -> None:
+    def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
         if self.enabled:
+            self._call, self.random_state, self.loss = call, state, loss
             self.weights.append(gradient.detach())
 
     def __reduce__(self) -> Any:

@@ -53,6 +53,25 @@ def announce(optimizer: Optimizer, numbers: list[float]) -> None:
     optimizer.param_groups[0][NUMBERS] = torch.tensor([FORMAT, *numbers], dtype=torch.float64)
 
 
+def announce_vector(optimizer: Optimizer, vector: dict[Tensor, Tensor]) -> None:
+    """Put the vector beside the live moments until the next step, for formats that read the names of what to restore
+    there (torch.distributed.checkpoint with flatten_optimizer_state_dict=True).
+
+    Only after a first step: most optimizers take an entry that is not empty for one that they have set up.
+    """
+    for p, part in vector.items():
+        optimizer.state[p][VECTOR] = _like(p, part)
+
+
+def withdraw_vector(optimizer: Optimizer, params: list[Tensor]) -> None:
+    """Undo `announce_vector`."""
+    for p in params:
+        if VECTOR in optimizer.state.get(p, ()):
+            del optimizer.state[p][VECTOR]
+            if not optimizer.state[p]:
+                del optimizer.state[p]
+
+
 def pack(
     state_dict: dict[str, Any], numbers: list[float], params: list[Tensor], vector: dict[Tensor, Tensor]
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def returned_loss(loss: Any, has_gradient: bool, new_gradient: bool) -> None:
     """
     if isinstance(loss, Tensor) and loss.requires_grad and not new_gradient:
         raise RuntimeError("the closure returned a loss but did not call loss.backward() on it")
-    if not has_gradient:
+    if not has_gradient or (loss is None and not new_gradient):
         return
     if loss is None:
         raise TypeError("the closure returned None: it must return the loss it called backward on")
@@ -97,6 +98,21 @@ def returned_loss(loss: Any, has_gradient: bool, new_gradient: bool) -> None:
         raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return a scalar loss")
     if not isinstance(loss, Tensor) and not hasattr(loss, "__float__"):
         raise TypeError(f"the closure returned {type(loss).__name__}: it must return the scalar loss alone")
+
+
+def resumed(numbers: Any, expected: int, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
+    """Raise unless the wrapper's part of a checkpoint fits; the base checks its own."""
+    if numbers is not None and len(numbers) != expected:
+        raise ValueError(
+            f"the checkpoint's warmctl state has {len(numbers)} numbers, not {expected}: its format is that of another "
+            "version. Load it there, or load a bare optimizer's state dict to begin warmup again"
+        )
+    for index, (part, p) in enumerate(zip(vector, params, strict=False)):
+        if part is not None and part.shape != p.shape:
+            raise ValueError(
+                f"trainable parameter {index} has shape {tuple(p.shape)}, but {tuple(part.shape)} in the checkpoint: "
+                "the parameter groups must be built as they were when it was saved"
+            )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

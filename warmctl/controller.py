@@ -1,9 +1,14 @@
 """The feedback law: from stability ratios to one scale for all learning rates. Numbers in, numbers out; no tensors.
 
-A reading is the stability ratio r₁ at the full scheduled rate (edge at 1). Per unit of rate it is kept as the
-forecast, which rises at once and falls slowly in log; scale · forecast · rate is the stability ratio between probes. The
-scale is cut at once to where that meets `target`, and grows at a limited rate up to there. Warmup ends when the scale
-has reached 1 below target, or has stopped moving below 1: it is kept then, so that the user's decay keeps its shape.
+A reading is the stability ratio r₁ at the full scheduled rate (edge at 1). Divided by the rate it is kept as the
+forecast; scale · forecast · rate is the stability ratio until the next reading.
+
+* Down at once: a reading that puts the ratio above `target` cuts the scale to where the ratio meets it.
+* Up with the age of the run: after t steps the scale grows by ((t + 1) / t)^p a step, so it doubles when the run's
+  age has doubled, whatever the length of the run. Far below the limit p is the number of decades that are missing: the
+  first ratios of an adaptive rule are too large by orders of magnitude, and fall within a few steps.
+* An end: warmup is over when the scale has been 1, or has not moved, while the run's age has grown by half. It is kept
+  then, so that the user's decay keeps its shape.
 """
 
 from __future__ import annotations
@@ -11,23 +16,31 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
-GROWTH = 1.5
-"""Largest factor by which the scale grows in a step."""
-FORGET = 0.5
-"""Weight of a falling reading in log space; a rising one counts in full."""
 FLOOR = 1e-4
 """Smallest scale: a loop must not feed itself down to a standstill."""
-SETTLED_STEPS, SETTLED_READINGS, SETTLED_BAND = 50, 3, 0.1
-"""Warmup ends after this many steps and readings in which the scale did not grow by more than the band."""
+UNMEASURED = 1e-2
+"""Scale before the first reading, and for good if no probe ever succeeds."""
+SETTLED_AGE, SETTLED_STEPS, SETTLED_READINGS, SETTLED_BAND = 1.5, 20, 2, 0.1
+"""Warmup ends once the run's age has grown by this factor, this many steps at least, with this many readings, while the
+scale stayed within the band."""
+RELEASE_GROWTH = 1.05
+"""Growth a step back to the schedule with `after="release"`."""
 
 PHASES = ("warmup", "guard", "done")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One probe: r₁ at the full scheduled rate; not finite if it failed, and then why."""
+    """One probe.
+
+    Attributes:
+        ratio: r₁ at the full scheduled rate; not finite if the probe failed.
+        share: the edge of this very step over the long-run edge, see `UpdateRule.momentum_share`.
+        reason: why it failed, or "".
+    """
 
     ratio: float
+    share: float = 1.0
     reason: str = ""
 
     @property
@@ -37,11 +50,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the wrapper applies: rates times `scale`. `ratio` is the stability ratio then; nan before any reading."""
+    """What the wrapper applies: rates times `scale`.
+
+    Attributes:
+        ratio: the stability ratio at that scale; nan before any reading.
+        closeness: the ratio over what is allowed at this step.
+    """
 
     scale: float
     phase: str
     ratio: float
+    closeness: float
     reason: str = ""
 
 
@@ -50,18 +69,18 @@ class ControllerState:
     """All that the controller remembers, floats only: saved by walking it."""
 
     phase: float = 0.0
-    scale: float = 0.0
+    scale: float = UNMEASURED
     forecast: float = math.nan
-    steps: float = 0.0
+    share: float = 1.0
+    age: float = 0.0
     readings: float = 0.0
-    anchor_step: float = 0.0
-    anchor_readings: float = 0.0
-    anchor_scale: float = 0.0
-    failures: float = 0.0
+    settled_age: float = 0.0
+    settled_readings: float = 0.0
+    settled_scale: float = 0.0
 
 
 class Controller:
-    """Holds s·r₁ at or below `target`.
+    """Holds the stability ratio at or below `target`.
 
     Args:
         target: a fraction of the edge of stability.
@@ -94,66 +113,62 @@ class Controller:
             reading: if a probe was made for this step.
         """
         s = self.state
-        s.steps += 1
+        s.age += 1
         if self.phase == "done":
-            if self.moving:
-                s.scale = min(1.0, s.scale * GROWTH)
+            s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
             return self._decision(rate)
+        if reading is not None and not reading.ok:
+            return self._end(rate, f"probe failed, scale held: {reading.reason}")
         if reading is not None:
             s.readings += 1
-            if not reading.ok:
-                s.failures += 1
-                return self._decision(rate, f"probe failed, scale held: {reading.reason}")
-            self._learn(max(reading.ratio, 0.0) / rate)
+            s.forecast, s.share = max(reading.ratio, 0.0) / rate, reading.share
         if math.isnan(s.forecast):
-            return self._decision(rate)
-        limit = min(1.0, self.target / max(s.forecast * rate, 1e-30))
-        reason = self._move(limit, first=s.readings == 1 and reading is not None)
-        if self.phase == "warmup":
-            reason = self._end(limit) or reason
-        return self._decision(rate, reason)
+            return self._end(rate)
+        limit = min(1.0, self.target * s.share / max(s.forecast * rate, 1e-30))
+        return self._end(rate, self._move(limit, reading is not None))
 
-    def _learn(self, curvature: float) -> None:
-        s = self.state
-        curvature = max(curvature, 1e-30)
-        if math.isnan(s.forecast) or curvature >= s.forecast:
-            s.forecast = curvature
-        else:
-            s.forecast *= (curvature / s.forecast) ** FORGET
-
-    def _move(self, limit: float, first: bool) -> str:
+    def _move(self, limit: float, probed: bool) -> str:
+        """Towards the limit: down at once, up with the age of the run. Guard only cuts, and only on a reading."""
         s = self.state
         before = s.scale
-        if first:
+        if s.readings == 1 and probed:
             s.scale = max(limit, FLOOR)
             return f"started at scale {s.scale:.3g}"
-        if limit < s.scale:
+        if probed and limit < s.scale:
             s.scale = max(limit, FLOOR)
-            return f"cut to scale {s.scale:.3g}" if s.scale < 0.98 * before else ""
-        if self.phase == "warmup":
-            s.scale = min(limit, s.scale * GROWTH)
+            return f"cut from scale {before:.3g} to {s.scale:.3g}"
+        if self.phase == "warmup" and limit > s.scale:
+            power = max(1.0, math.log10(limit / s.scale))
+            s.scale = min(limit, s.scale * (s.age / max(s.age - 1, 1.0)) ** power)
         return ""
 
-    def _end(self, limit: float) -> str:
+    def _end(self, rate: float, reason: str = "") -> Decision:
+        """End warmup if it is time, and decide."""
         s = self.state
-        if self.max_warmup is not None and s.steps >= self.max_warmup:
-            return self._finish(f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}")
-        if s.scale > s.anchor_scale * (1 + SETTLED_BAND) or s.scale < s.anchor_scale * (1 - SETTLED_BAND):
-            s.anchor_scale, s.anchor_step, s.anchor_readings = s.scale, s.steps, s.readings
-        calm = s.steps - s.anchor_step >= SETTLED_STEPS and s.readings - s.anchor_readings >= SETTLED_READINGS
-        if not calm:
+        if self.phase == "warmup":
+            why = self._settled()
+            if why:
+                s.phase = 1.0 if self.after == "guard" else 2.0
+                reason = f"warmup ended: {why}"
+        return self._decision(rate, reason)
+
+    def _settled(self) -> str:
+        s = self.state
+        if self.max_warmup is not None and s.age >= self.max_warmup:
+            return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
+        if abs(s.scale - s.settled_scale) > SETTLED_BAND * s.settled_scale:
+            s.settled_scale, s.settled_age, s.settled_readings = s.scale, s.age, s.readings
+        calm = s.age >= max(SETTLED_AGE * s.settled_age, s.settled_age + SETTLED_STEPS)
+        if not calm or s.readings - s.settled_readings < SETTLED_READINGS:
             return ""
         if s.scale >= 1.0:
-            return self._finish("full rate reached and the stability ratio settled below target")
-        return self._finish(f"scale settled at {s.scale:.3g}: the landscape carries no more at this target")
-
-    def _finish(self, reason: str) -> str:
-        self.state.phase = 1.0 if self.after == "guard" else 2.0
-        return f"warmup ended: {reason}"
+            return "full rate, and the stability ratio stayed below target"
+        return f"the scale settled at {s.scale:.3g}, the landscape carries no more at this target"
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state
-        return Decision(s.scale, self.phase, s.scale * s.forecast * rate, reason)
+        ratio = s.scale * s.forecast * rate
+        return Decision(s.scale, self.phase, ratio, ratio / (self.target * s.share), reason)
 
     def state_values(self) -> list[float]:
         return [float(v) for v in asdict(self.state).values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,36 +28,40 @@ def sharpness(
 ) -> EigenResult:
     """Largest algebraic eigenvalue of the Hessian of the loss in the trainable parameters of `model`.
 
-    The model is used in its present mode and left without a trace: parameters, gradients, buffers, random streams
-    and modes stay as they are. With several batches the loss is Σ n_b L_b / Σ n_b, where n_b is the first dimension
-    of the first tensor in batch b: the loss on all rows at once, if each L_b is a mean over rows.
+    The model is used in its present mode and left without a trace: parameters, gradients, buffers, random
+    streams and modes stay as they are. With several batches the loss is Σ n_b L_b / Σ n_b, where n_b is the
+    first dimension of the first tensor in batch b: the loss on all rows at once, if each L_b is a mean over
+    rows.
 
     Args:
         loss_fn: loss_fn(model, batch) -> scalar tensor.
-        batch: one batch (a tensor, tuple, dict or list of tensors), or several (a DataLoader, an iterator, or a list
-            of tuples, lists or dicts). An iterable is read once and its batches are kept.
+        batch: one batch (a tensor, tuple, dict or list of tensors), or several (a DataLoader, an iterator,
+            or a list of tuples, lists or dicts). An iterable is read once and its batches are kept.
         tol: stops when the residual ‖Hv − λv‖ is at most `tol`·|λ|.
-        method: as in `HessianOperator`; "auto" is double backward, or central differences where the model has no
-            second derivative.
+        method: as in `HessianOperator`; "auto" is double backward, or central differences where the model
+            has no second derivative.
         steps: products at most, and parameter-sized vectors in memory at most.
         seed: of the random start vector.
 
-    Returns: eigenvalue, unit eigenvector, residual, products spent, and whether the residual met `tol`. If it did
+    Returns: eigenvalue, unit eigenvector, residual, products spent, and whether the residual met `tol`. If
+        it did
     not, a RuntimeWarning says so; the eigenvalue is then a lower bound.
 
-    Cost: on one batch 2.4 gradient evaluations a product and 1.3 once; on several 3.7 a product (2 by differences),
+    Cost: on one batch 2.4 gradient evaluations a product and 1.3 once; on several 3.7 a product (2 by
+        differences),
     with the graph of one batch in memory at a time. 10 to 60 products are usual for tol=1e-3.
 
-    Raises: ValueError without trainable parameters, without batches, or if the loss is not a scalar; TypeError if it
+    Raises: ValueError without trainable parameters, without batches, or if the loss is not a scalar;
+        TypeError if it
     is not a tensor.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("the model has no parameter that requires grad: there is no curvature to measure")
     random_state = RandomState([p.device for p in params])
     batches = _read(batch, random_state) if _is_several(batch) else [(batch, 1.0)]
     losses = [
-        (Replay.of_loss(lambda b=b: loss_fn(model, b), params, module=model, random_state=random_state), weight)
+        (Replay.of_loss(partial(loss_fn, model, b), params, module=model, random_state=random_state), weight)
         for b, weight in batches
     ]
     with _WeightedSum(losses, params, method) as operator:
@@ -133,7 +138,9 @@ def _read(batches: Iterable[Any], random_state: RandomState) -> list[tuple[Any, 
 def _rows(batch: Any) -> int:
     first = _first_tensor(batch)
     if first is None:
-        raise ValueError(f"a batch of several must hold a tensor, whose first dimension is its size; got {type(batch).__name__}")
+        raise ValueError(
+            f"a batch of several must hold a tensor, whose first dimension is its size; got {type(batch).__name__}"
+        )
     return first.shape[0]
 
 

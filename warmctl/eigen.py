@@ -1,8 +1,8 @@
 """The algebraically largest eigenvalue of a symmetric operator that is known only through its products.
 
 Stability needs the largest *algebraic* eigenvalue. At initialisation the most negative one can be larger in
-magnitude, so both algorithms are built to return the right end of the spectrum. A Ritz value is a lower bound:
-read it together with the residual ‖Av − λv‖, which bounds the distance to the nearest eigenvalue.
+magnitude, so both algorithms are built to return the right end of the spectrum. A Ritz value is a lower
+bound: read it together with the residual ‖Av − λv‖, which bounds the distance to the nearest eigenvalue.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class EigenResult:
     """An approximate eigenpair.
 
     Attributes:
-        eigenvalue: the Ritz value, never above the true eigenvalue but for rounding; nan if a product was not finite.
+        eigenvalue: the Ritz value, never above the true eigenvalue but for rounding; nan if a product was
+            not finite.
         eigenvector: unit vector, one tensor per parameter.
         residual: ‖Av − λv‖, in units of the eigenvalue.
         hvps: products spent.
@@ -67,9 +68,11 @@ def lanczos(
         steps: products at most. Memory is one parameter-sized vector per step.
         tol: stops as soon as the residual is at most `tol`·|λ|.
         seed: of the random component, drawn from a generator of its own.
-        noise: size of that component beside a start of length 1; 0 where the start holds all that is reachable.
+        noise: size of that component beside a start of length 1; 0 where the start holds all that is
+            reachable, and then `start` is taken over and scaled, not copied.
 
-    Cost: one product per step. Source: Golub & Van Loan, Matrix Computations, §10.1; the residual is |β_k s_k|.
+    Cost: one product per step. Source: Golub & Van Loan, Matrix Computations, §10.1; the residual is |β_k
+        s_k|.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -110,9 +113,9 @@ def power_iteration(
 ) -> EigenResult:
     """Largest algebraic eigenvalue by power iteration on A + σI.
 
-    The shift σ = max over the iterates of (‖Av‖ − vᵀAv)/2 is zero on a dominant positive eigenvector and |λ_min| on
-    the most negative one, so the iteration cannot settle there. Where the residual stalls, both ends may be tied:
-    then σ grows by 5 % a step, at most to the largest ‖Av‖ seen.
+    The shift σ = max over the iterates of (‖Av‖ − vᵀAv)/2 is zero on a dominant positive eigenvector and
+    |λ_min| on the most negative one, so the iteration cannot settle there. Where the residual stalls, both
+    ends may be tied: then σ grows by 5 % a step, at most to the largest ‖Av‖ seen.
 
     Arguments as for `lanczos`. Cost: one product per step; memory: two vectors.
     """
@@ -132,7 +135,9 @@ def power_iteration(
         length = math.hypot(value, residual)
         if not math.isfinite(length):
             return EigenResult(math.nan, vector, math.nan, hvps, False)
-        if residual <= 10 * _precision(vector) * length:  # an eigenvector to rounding: the iteration would stay
+        if (
+            residual <= 10 * _precision(vector) * length
+        ):  # an eigenvector to rounding: the iteration would stay
             return EigenResult(value, vector, residual, hvps, True)
         longest = max(longest, length)
         stalled = residual > 0.99 * before
@@ -154,8 +159,14 @@ def check_start(start: Vector, template: Vector) -> None:
         raise ValueError(f"start must have one tensor per parameter with shapes {wanted}, got {shapes}")
 
 
-def _start_vector(operator: SymmetricOperator, start: Vector | None, seed: int, noise: float) -> Vector | None:
-    """Unit start vector; None where the space is empty."""
+def _start_vector(
+    operator: SymmetricOperator, start: Vector | None, seed: int, noise: float
+) -> Vector | None:
+    """Unit start vector; None where the space is empty. Without noise `start` itself, scaled in place."""
+    if start is not None and noise == 0.0:
+        length = math.sqrt(operator.inner(start, start))
+        if math.isfinite(length) and length > 0.0:
+            return scale_(start, 1.0 / length)
     vector = random_like(operator.template, seed)
     length = math.sqrt(operator.inner(vector, vector))
     if start is not None:

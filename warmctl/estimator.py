@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.eigen import WARM_START_NOISE, lanczos, power_iteration
+from warmctl.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration
 from warmctl.operators import HessianOperator, ScaledOperator
 from warmctl.replay import Replay
 from warmctl.update_rules import UpdateRule, learning_rate
-from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like
+from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like, scale_
 
 log = logging.getLogger("warmctl")
 
@@ -53,6 +53,20 @@ class Measurement:
     reason: str = ""
     momentum_share: float = 1.0
 
+    @staticmethod
+    def values(found: Measurement | None) -> list[float]:
+        """As plain numbers, for a checkpoint; the words are not kept."""
+        if found is None:
+            return [0.0] * 7
+        return [1.0, found.ratio, found.residual, found.sharpness, found.threshold, float(found.hvps), found.cost]
+
+    @staticmethod
+    def from_values(values: Sequence[float]) -> Measurement | None:
+        """The inverse of `values`."""
+        there, ratio, residual, sharpness, threshold, hvps, cost = values
+        reason = "" if math.isfinite(ratio) else "it failed before the run was resumed"
+        return Measurement(ratio, residual, sharpness, threshold, int(hvps), cost, reason) if there else None
+
     def times(self, weight: float) -> Measurement:
         """Of a loss `weight` times as large."""
         return replace(self, ratio=self.ratio * weight, sharpness=self.sharpness * weight)
@@ -79,7 +93,7 @@ class SharpnessEstimator:
         rule: its update rule; None if it has none, and then there is nothing to measure here.
         hvp: method of the Hessian-vector product, as in `HessianOperator`.
         estimator: "lanczos" or "power".
-        steps: products a probe.
+        steps: products a probe; twice as many from cold.
     """
 
     def __init__(
@@ -140,7 +154,11 @@ class SharpnessEstimator:
         root, shift, sign = self.scaling(params)
         scaled = ScaledOperator(operator, root, shift, sign)
         start = self._start(root, params, inner, seed)
-        result = self.solve(scaled, start=start, steps=self.steps, tol=0.0, noise=0.0)
+        if self.steps == 1:
+            result = _power_step(scaled, start)
+        else:
+            steps = 2 * self.steps if self.vector is None else self.steps
+        result = self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0)
         if math.isfinite(result.eigenvalue):
             self.vector = result.eigenvector
         rate, threshold = self._reference()
@@ -203,7 +221,7 @@ class SharpnessEstimator:
             return update
         length = math.sqrt(inner(update, update))
         torch._foreach_mul_(update, [noise.sign_() for noise in random_like(root, seed)])
-        return add_([v.clone() for v in self.vector], update, WARM_START_NOISE / length if length > 0 else 0.0)
+        return add_(self.vector, update, WARM_START_NOISE / length if length > 0 else 0.0)
 
     def _reference(self) -> tuple[float, float]:
         """Rate and threshold of the first group with a rate above 0."""
@@ -211,6 +229,24 @@ class SharpnessEstimator:
             if learning_rate(group) > 0:
                 return learning_rate(group), self.rule.threshold(group)
         return 0.0, self.rule.threshold(self.optimizer.param_groups[0])
+
+
+def _power_step(operator: ScaledOperator, start: Vector) -> EigenResult:
+    """One product: the Rayleigh quotient of `start`, and, for the next probe, the vector one power step on.
+
+    The shift (‖Av‖ − vᵀAv)/2 keeps a dominant negative eigenvalue from taking over, as in `power_iteration`.
+    """
+    length = math.sqrt(operator.inner(start, start))
+    if not (math.isfinite(length) and length > 0.0):
+        return lanczos(operator, start=start, steps=1)
+    scale_(start, 1.0 / length)
+    product = operator.matvec(start)
+    value, size = operator.inner(start, product), math.sqrt(operator.inner(product, product))
+    residual = math.sqrt(max(size * size - value * value, 0.0))
+    add_(product, start, max((size - value) / 2, 0.0))
+    length = math.sqrt(operator.inner(product, product))
+    following = scale_(product, 1.0 / length) if math.isfinite(length) and length > 0.0 else start
+    return EigenResult(value, following, residual, 1, False)
 
 
 def _local_state(state: dict[str, object]) -> dict[str, object]:

@@ -225,7 +225,7 @@ class _Column(Sequence[Value]):
 
     def __init__(self, length: int = 0) -> None:
         self._others: list[Value] = [None]
-        self._index: dict[tuple[type, Value], int] = {(type(None), None): 0}
+        self._index: dict[Value, int] = {None: 0}
         self._cells = array("d", bytes(8 * length))
         self._tags = bytearray([self._OTHER]) * length
 
@@ -235,7 +235,7 @@ class _Column(Sequence[Value]):
         elif type(value) is int and -(2**53) <= value <= 2**53:
             tag, cell = self._INT, float(value)
         else:
-            tag, cell = self._OTHER, float(self._index.setdefault((type(value), value), len(self._others)))
+            tag, cell = self._OTHER, float(self._index.setdefault(value, len(self._others)))
             if cell == len(self._others):
                 self._others.append(value)
         self._tags.append(tag)

@@ -2,7 +2,8 @@
 
 Three ways to the product Hv, by cost in gradient evaluations (one forward and one backward pass):
 
-* finite difference, (∇L(θ + εv) − ∇L(θ)) / ε: 1, given the gradient at θ; 2 for the central difference. Works with
+* finite difference, (∇L(θ + εv) − ∇L(θ)) / ε: 1, given the gradient at θ; 2 for the central difference.
+Works with
   every kernel, compiled or sharded; error of the top eigenvalue about 1e-3 in float32 on smooth losses.
 * double backward, ∇(∇L·v): about 2.4 on a graph that is kept while the operator lives.
 * forward over reverse, torch.func.jvp of torch.func.grad: about 3.3; takes blocks of vectors by vmap.
@@ -34,8 +35,9 @@ COST_GRAPH, COST_DOUBLE_BACKWARD, COST_FORWARD_OVER_REVERSE = 1.3, 2.4, 3.3
 FD_STEP = 1e-4
 """‖ε v‖ / max(1, ‖θ‖/√(number of tensors)) in float32; other precisions by their square root, at most 5e-3.
 
-A step relative to the whole ‖θ‖ grows with depth and is far too long for top eigenvectors, which live in a few
-tensors: 1e-3·‖θ‖ is 23 % wrong on a small GPT at initialisation, this step 0.4 % (eigenvalue: 4 % and 0.2 %).
+A step relative to the whole ‖θ‖ grows with depth and is far too long for top eigenvectors, which live in a
+few tensors: 1e-3·‖θ‖ is 23 % wrong on a small GPT at initialisation, this step 0.4 % (eigenvalue: 4 % and
+0.2 %).
 """
 
 
@@ -43,18 +45,20 @@ class HessianOperator:
     """The Hessian of `loss` with respect to `params`, known through its products.
 
     Args:
-        loss: computes the scalar loss at the present parameters. Every evaluation starts from the same random state
-            and leaves no trace in gradients, random streams or, if a `Replay` with a module is given, its buffers.
+        loss: computes the scalar loss at the present parameters. Every evaluation starts from the same
+            random state and leaves no trace in gradients, random streams or, if a `Replay` with a module is
+            given, its buffers.
         params: parameters that require grad, at least one, real. A loss that does not depend on one of them
             (frozen, unused) has zero rows and columns there.
         method: "double_backward", "forward_over_reverse", "finite_difference", or "auto": finite differences
-            where the gradient is already there and the precision allows (they are cheapest then), double backward
-            otherwise, finite differences again where the model has no second derivative.
+            where the gradient is already there and the precision allows (they are cheapest then), double
+            backward otherwise, finite differences again where the model has no second derivative.
         gradient: ∇L(θ) if the caller has it; saves the finite difference one evaluation.
         central: use the central difference: twice the cost, error O(ε²).
         inner: inner product of two vectors; over all shards where the parameters are sharded.
 
-    Attributes: `method` in use, `hvps` products made, `cost` gradient evaluations spent, `fallback` the reason why
+    Attributes: `method` in use, `hvps` products made, `cost` gradient evaluations spent, `fallback` the
+        reason why
     "auto" left double backward ("" if it did not).
 
     Raises: ValueError for an unknown method, no parameters, complex or meta parameters.
@@ -83,7 +87,11 @@ class HessianOperator:
 
     @classmethod
     def on_graph(
-        cls, loss: Tensor, params: Sequence[Tensor], reduce: Callable[[Vector], None] | None = None, **options: Any
+        cls,
+        loss: Tensor,
+        params: Sequence[Tensor],
+        reduce: Callable[[Vector], None] | None = None,
+        **options: Any,
     ) -> HessianOperator:
         """By double backward on a graph that is alive already: that of `loss`. Cost: as double backward.
 
@@ -142,7 +150,7 @@ class HessianOperator:
 
         def matmat(matrix: np.ndarray) -> np.ndarray:
             flat = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(matrix.T), dtype=np.float64))
-            parts = flat.split(sizes, dim=1)
+            parts = torch.split(flat, sizes, dim=1)
             block = [part.to(t).reshape(len(flat), *t.shape) for part, t in zip(parts, template, strict=True)]
             out = [t.flatten(1).to("cpu", torch.float64) for t in self.matmat(block)]
             result: np.ndarray = torch.cat(out, dim=1).numpy().T
@@ -162,7 +170,9 @@ class HessianOperator:
     def __enter__(self) -> HessianOperator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def _cheapest(self) -> str:
@@ -247,7 +257,10 @@ class HessianOperator:
 
         def product(tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             _, tangent = torch.func.jvp(torch.func.grad(loss), (params,), (tangents,))
-            return tuple(t if isinstance(t, Tensor) else torch.zeros_like(p) for t, p in zip(tangent, params, strict=True))
+            return tuple(
+                t if isinstance(t, Tensor) else torch.zeros_like(p)
+                for t, p in zip(tangent, params, strict=True)
+            )
 
         with self.replay.untouched(), twice_differentiable(), _without_mkldnn():
             if block[0].shape[0] == 1:
@@ -267,7 +280,9 @@ class ScaledOperator:
         sign: −1 where the optimizer maximises.
     """
 
-    def __init__(self, operator: HessianOperator, root: Vector, shift: Sequence[float] = (), sign: float = 1.0) -> None:
+    def __init__(
+        self, operator: HessianOperator, root: Vector, shift: Sequence[float] = (), sign: float = 1.0
+    ) -> None:
         self.operator, self.root, self.sign = operator, root, sign
         self.shift = list(shift) or [0.0] * len(root)
 
@@ -301,36 +316,44 @@ class Substitute(TorchFunctionMode):
             return self.values.get(id(tensor), tensor)
 
         kwargs = dict(kwargs or {})
-        # torch.func forbids writing to captured tensors: leave out the records that batch norm keeps for evaluation.
+        # torch.func forbids writing to captured tensors: leave out the records that batch norm keeps for
+        # evaluation.
         if func is Tensor.add_ and args[0].dtype == torch.long and args[0].ndim == 0:  # num_batches_tracked
             return args[0]
         if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
             args = (args[0], None, None, *args[3:])
-        if func is F.mse_loss and len(args) > 1:  # torch 2.13: its second derivative forbids a constant target
+        if (
+            func is F.mse_loss and len(args) > 1
+        ):  # torch 2.13: its second derivative forbids a constant target
             args = (args[0], args[1] + 0 * args[0], *args[2:])
         if func is F.instance_norm and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
             args = (args[0], None, None, *args[3:])
         return func(*tree_map_only(Tensor, swap, args), **tree_map_only(Tensor, swap, kwargs))
 
 
-def _connected_gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+def _connected_gradient(
+    loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
+) -> tuple[Tensor, ...]:
     """∇loss with zeros for parameters that it does not depend on."""
     check_loss(loss)
     check_graph(loss)
     if not loss.requires_grad:
         return tuple(torch.zeros_like(p) for p in params)
-    return torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        loss, list(params), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
     """Its recurrences have no forward derivative. (`torch.backends.mkldnn.flags` sets, and warns of, TF32 as well.)"""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    mkldnn: Any = torch.backends.mkldnn
+    before = mkldnn.enabled
+    mkldnn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        mkldnn.enabled = before
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -348,7 +371,9 @@ def _check(params: Sequence[Tensor], method: str) -> None:
     for index, p in enumerate(params):
         what = f"params[{index}] of shape {tuple(p.shape)}"
         if p.is_complex():
-            raise ValueError(f"{what} is complex: curvature is defined for real parameters; use torch.view_as_real")
+            raise ValueError(
+                f"{what} is complex: curvature is defined for real parameters; use torch.view_as_real"
+            )
         if p.device.type == "meta":
             raise ValueError(f"{what} is on the meta device: materialise the model (to_empty and load) first")
         if not p.requires_grad:

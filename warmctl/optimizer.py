@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from warmctl import checkpoint, checks, distributed
@@ -67,7 +68,7 @@ class AdaptiveWarmup(Optimizer):
         target: float = 0.5,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         every: int | str = "auto",
-        budget: float = 0.1,
+        budget: float = 0.035,
         hvp: str = "auto",
         estimator: str = "lanczos",
         probe_steps: int = 2,
@@ -94,7 +95,7 @@ class AdaptiveWarmup(Optimizer):
         self._graph_probe = _GraphProbe()
         self._update: RealisedUpdate | Measurement | None = None
         self._reading: Measurement | None = None
-        self._in_closure = False
+        self._in_closure = self._stepped = False
         self._full_rates: list[Any] | None = None
         self._delayed = torch.full((2,), math.nan, dtype=torch.float64)
         self._said: set[str] = set()
@@ -141,6 +142,7 @@ class AdaptiveWarmup(Optimizer):
 
     # What the user calls
 
+    @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """One step of the wrapped optimizer, at its scheduled rates times the scale.
@@ -153,6 +155,7 @@ class AdaptiveWarmup(Optimizer):
             contract. The parameters are as before then.
         """
         checks.closure(closure)
+        checkpoint.withdraw_vector(self.base, self._all_params())
         skipped = self._lend_scaler()
         try:
             if closure is not None:
@@ -199,7 +202,10 @@ class AdaptiveWarmup(Optimizer):
         params = self._params()
         vector = self.estimator.vector or [torch.zeros_like(t) for t in locals_of(params)]
         by_param = dict(zip(params, vector, strict=True))
-        return checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param)
+        packed = checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param)
+        if self._stepped:
+            checkpoint.announce_vector(self.base, by_param)
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
@@ -207,6 +213,8 @@ class AdaptiveWarmup(Optimizer):
         Raises: ValueError if the parameter groups have another layout than those that were saved.
         """
         bare, numbers, vector = checkpoint.unpack(state_dict)
+        trainable = [v for v, p in zip(vector, self._all_params(), strict=False) if p.requires_grad]
+        checks.resumed(numbers, len(self._numbers()), trainable, self._params())
         self.base.load_state_dict(bare)
         if numbers is None:
             self.restart()
@@ -215,11 +223,12 @@ class AdaptiveWarmup(Optimizer):
             size = len(part.state_values())
             part.load_state_values(numbers[:size])
             numbers = numbers[size:]
+        size = len(numbers) // 2
+        self.last, self._reading = Measurement.from_values(numbers[:size]), Measurement.from_values(numbers[size:])
         self._delayed = torch.tensor([self.counts.loss, self.counts.norm], dtype=torch.float64)
         self.estimator.method, self.prober.closure_replays = METHODS[int(self.counts.method)], self.counts.replays
-        trainable = [v for v, p in zip(vector, self._all_params(), strict=True) if p.requires_grad]
         self.estimator.load_vector(trainable, self._params())
-        self._publish("resumed")
+        self._publish("resumed", recorded=False)
         checkpoint.announce(self.base, self._numbers())
 
     # One step
@@ -229,7 +238,7 @@ class AdaptiveWarmup(Optimizer):
         probe = self._graph_probe
         probe.passes, probe.loss = probe.passes + 1, loss.detach()
         measure = probe.wanted and probe.passes >= probe.passes_before and self.phase != "done"
-        measure = measure and self.rule is not None and not self.prober.has_source(Evaluation())
+        measure = measure and self.rule is not None and not self.prober.expects_source()
         backward(measure)
         if measure:
             probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
@@ -242,7 +251,11 @@ class AdaptiveWarmup(Optimizer):
             nonlocal called
             if called or self.phase == "done":
                 with torch.enable_grad():
-                    return closure()
+                    loss = closure()
+                if not called:
+                    self._decide(Evaluation())
+                called = True
+                return loss
             called = True
             params = self._params()
             random_state = RandomState([p.device for p in params])
@@ -270,7 +283,8 @@ class AdaptiveWarmup(Optimizer):
                 added_to = earlier[0] if earlier else 0  # micro-batches whose gradient was there already
                 weight = self.watch.passes / max(self.watch.passes - added_to, 1) if added_to else 1.0
                 untouched = left is not None and left.hold() and not added_to
-                self._decide(Evaluation(closure, random_state, value, untouched, weight))
+                skipped = loss is None and left is None
+                self._decide(Evaluation(closure, random_state, value, untouched, weight, skipped))
             finally:
                 self._in_closure = False
             return loss
@@ -285,8 +299,8 @@ class AdaptiveWarmup(Optimizer):
             return
         self.counts.steps += 1
         self.counts.gradients += 1
-        if self.phase == "done" and not self.controller.moving:
-            self._scale_rates(self.controller.state.scale)
+        if self.phase == "done":
+            self._scale_rates(self.controller.update(rate).scale)
             self._publish("")
             return
         loss, norm = self._signals(evaluation, params)
@@ -294,11 +308,13 @@ class AdaptiveWarmup(Optimizer):
         found = None if math.isinf(norm) else self._measure(due, evaluation, params)
         if found is not None and self.rule is not None:
             found = self._account(found)
-        reading = None if found is None else Reading(found.ratio, found.reason)
+        reading = None if found is None else Reading(found.ratio, found.momentum_share, found.reason)
         if reading is None and self._broken(evaluation, loss, norm):
-            reading = Reading(math.nan, "the loss or its gradient is not finite")
+            reading = Reading(math.nan, reason="the loss or its gradient is not finite")
         was = self.phase
         decision = self.controller.update(rate, reading)
+        if found is not None:
+            self.cadence.probed(found.cost, decision.closeness)
         if self.phase != was:
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         self._scale_rates(decision.scale)
@@ -314,7 +330,6 @@ class AdaptiveWarmup(Optimizer):
         self.counts.cost += found.cost
         self.counts.method = METHODS.index(self.estimator.method)
         self.counts.replays = self.prober.closure_replays
-        self.cadence.spent(found.cost)
         if found.reason:
             self._warn(found.reason)
         return found
@@ -326,10 +341,11 @@ class AdaptiveWarmup(Optimizer):
 
     def _measure(self, due: str, evaluation: Evaluation, params: list[Tensor]) -> Measurement | None:
         """The reading for this step, if there is one: made now, on the live graph before, or on the last update."""
+        due = "" if evaluation.skipped else due
         if self.rule is None:
             found, self._reading = self._reading, None
             if due:
-                if evaluation.closure is None and not self.prober.has_source(evaluation):
+                if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
                     raise RuntimeError(NO_SOURCE)
                 self._update = self.prober.before_update(evaluation, params)
             return found
@@ -339,10 +355,10 @@ class AdaptiveWarmup(Optimizer):
         if not due:
             return None
         if not self.prober.has_source(evaluation):
-            if graph.passes == 0 and evaluation.closure is None:
-                raise RuntimeError(NO_SOURCE)
-            if graph.passes == 0:
+            if graph.passes == 0 and self.prober.closure_replays == 0.0:
                 return failed(self.prober.why_no_source)
+            if graph.passes == 0:
+                raise RuntimeError(NO_SOURCE)
             graph.wanted = True
             return None
         return self.prober.probe(evaluation, params, self._probe_seed())
@@ -357,6 +373,7 @@ class AdaptiveWarmup(Optimizer):
 
     def _finish(self) -> None:
         """After the update: the schedule's own rates again, the batch forgotten."""
+        self._stepped = True
         if self._full_rates is not None:
             for group, rate in zip(self.param_groups, self._full_rates, strict=True):
                 if isinstance(group["lr"], Tensor):
@@ -440,7 +457,9 @@ class AdaptiveWarmup(Optimizer):
             self._said.add(kind)
             warnings.warn(f"warmctl: a probe failed, the learning rate is held: {reason}", RuntimeWarning, stacklevel=4)
 
-    def _publish(self, reason: str, loss: float = math.nan, probed: bool = False, ratio: float = math.nan) -> None:
+    def _publish(
+        self, reason: str, loss: float = math.nan, probed: bool = False, ratio: float = math.nan, recorded: bool = True
+    ) -> None:
         counts, last, group = self.counts, self.last, self.param_groups[0]
         scale = self.controller.state.scale if self.control else 1.0
         scheduled = learning_rate(group) if self._full_rates is None else float(self._full_rates[0])
@@ -459,17 +478,18 @@ class AdaptiveWarmup(Optimizer):
             "overhead": counts.cost / max(counts.gradients, 1.0),
             "reason": reason,
         }
-        if counts.steps:
+        if counts.steps and recorded:
             self.history.append({**self.metrics, "scheduled_lr": scheduled, "loss": loss, "probed": probed})
 
     # State
 
-    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts]:
-        return self.controller, self.cadence, self.counts
+    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts, _GraphProbe]:
+        return self.controller, self.cadence, self.counts, self._graph_probe
 
     def _numbers(self) -> list[float]:
         self.counts.loss, self.counts.norm = self._delayed.tolist()
-        return [value for part in self._parts() for value in part.state_values()]
+        values = [value for part in self._parts() for value in part.state_values()]
+        return [*values, *Measurement.values(self.last), *Measurement.values(self._reading)]
 
     def __getstate__(self) -> dict[str, Any]:
         # "step": a scheduler's patch on the instance, bound to the original.
@@ -504,6 +524,12 @@ class _GraphProbe:
     passes: int = 0
     passes_before: int = 1
     loss: Tensor | None = None
+
+    def state_values(self) -> list[float]:
+        return [float(self.wanted), float(self.passes_before)]
+
+    def load_state_values(self, values: list[float]) -> None:
+        self.wanted, self.passes_before = bool(values[0]), int(values[1])
 
     def next_step(self) -> None:
         if self.found is not None:

@@ -104,6 +104,8 @@ class _Run:
     history: History
     steps: Floats
     end: WarmupEnd | None
+    layer: float
+    """Order of drawing: the first run lies over the later ones."""
 
     def __getitem__(self, column: str) -> Floats:
         return np.array([np.nan if v is None else v for v in self.history[column]], dtype=np.float64)
@@ -117,7 +119,8 @@ def _load(history: Run | Mapping[str, Run]) -> list[_Run]:
         if not rows:
             raise ValueError(f"nothing to draw: {name or 'the history'} has no rows")
         colour = COLOURS[i] if len(named) <= len(COLOURS) else _shade(i / (len(named) - 1))
-        runs.append(_Run(name, colour, rows, np.array(rows["step"], np.float64), warmup_end(rows)))
+        steps = np.array(rows["step"], np.float64)
+        runs.append(_Run(name, colour, rows, steps, warmup_end(rows), layer=3 - i / len(named)))
     if not runs:
         raise ValueError("nothing to draw: no runs given")
     return runs
@@ -172,8 +175,8 @@ def _draw_loss(axis: Axes, runs: list[_Run]) -> None:
     for bad, (run, x, y) in zip(failed, curves, strict=True):
         smooth = _smooth(y, log)
         if smooth is not y:
-            axis.plot(*_thin(x, y), color=run.colour, linewidth=0.7, alpha=0.3, gid="raw")
-        axis.plot(*_thin(x, smooth), color=run.colour, linewidth=1.5, gid="loss")
+            axis.plot(*_thin(x, y), color=run.colour, linewidth=0.7, alpha=0.3, zorder=1.8, gid="raw")
+        axis.plot(*_thin(x, smooth), color=run.colour, linewidth=1.5, zorder=run.layer, gid="loss")
         if bad:  # where it left the panel for good, or else where it ended
             at = min(int(np.flatnonzero(y <= top)[-1]) + 1, len(y) - 1)
             cross: dict[str, Any] = {"ms": 7, "mec": "white", "mew": 0.7, "clip_on": False}
@@ -190,11 +193,12 @@ def _draw_ratio(axis: Axes, runs: list[_Run]) -> None:
         values.append(ratio[np.isfinite(ratio) & (ratio > 0)])
         probes += int(probed.sum())
         size = 3.2 if probed.sum() <= 150 else 1.8
-        axis.plot(*_thin(run.steps, ratio), color=run.colour, linewidth=1.0, alpha=0.7, gid="ratio")
-        axis.plot(run.steps[probed], ratio[probed], "o", color=run.colour, ms=size, mew=0, gid="probes")
+        look: dict[str, Any] = {"color": run.colour, "zorder": run.layer}
+        axis.plot(*_thin(run.steps, ratio), linewidth=1.0, alpha=0.7, gid="ratio", **look)
+        axis.plot(run.steps[probed], ratio[probed], "o", ms=size, mew=0, gid="probes", **look)
     found = np.concatenate(values)
     measured = len(found) > len(values[0])
-    _limits(axis, min(max(found.min(), 1e-4), 0.3), max(found.max(), 1.8), True)
+    _limits(axis, min(max(found.min(), 0.01), 0.3), max(found.max(), 1.8), True)
     axis.axhline(1.0, color=INK, linewidth=1.0, zorder=1.5, gid="edge")
     axis.axhspan(1.0, axis.get_ylim()[1], color="#000000", alpha=0.045, linewidth=0, zorder=0)
     for target in targets:
@@ -214,7 +218,9 @@ def _draw_rate(axis: Axes, runs: list[_Run]) -> None:
     values = []
     for run, scheduled in zip(runs, schedules, strict=True):
         values += [run["lr"], scheduled]
-        axis.plot(*_thin(run.steps, run["lr"]), color=run.colour, linewidth=1.5, gid="applied")
+        axis.plot(
+            *_thin(run.steps, run["lr"]), color=run.colour, linewidth=1.5, zorder=run.layer, gid="applied"
+        )
         if np.isfinite(scheduled).any():
             colour = MUTED if shared else run.colour
             curve = _thin(run.steps, scheduled)
@@ -223,7 +229,9 @@ def _draw_rate(axis: Axes, runs: list[_Run]) -> None:
     found = found[np.isfinite(found) & (found > 0)]
     if not len(found):
         return _say(axis, "no learning rate recorded")
-    _limits(axis, max(found.min(), found.max() * 1e-4), found.max(), True)
+    starts = [rates[rates > 0][0] for run in runs if ((rates := run["lr"]) > 0).any()]
+    floor = min([found.max() * 1e-3, *starts])  # shows where warmup began, not where a decay to zero ends
+    _limits(axis, max(found.min(), floor), found.max(), True)
     if known:
         _key(axis, ("applied", {"linewidth": 1.5}), ("scheduled", {"linewidth": 1.0, "linestyle": DASHES}))
     return None
@@ -249,7 +257,7 @@ def _flag(axis: Axes, end: WarmupEnd) -> None:
     left = float(axis.transAxes.inverted().transform(axis.transData.transform((end.step, 1.0)))[0])
     right = left < 0.5
     axis.annotate(
-        textwrap.fill(_words(end), int(100 * max(left, 1 - left))),
+        textwrap.fill(_words(end), int(100 * max(left, 1 - left)) + 8),
         (end.step, 1.0),
         (-3 if right else 3, 4),
         xycoords=axis.get_xaxis_transform(),
@@ -266,7 +274,7 @@ def _legend(axis: Axes, runs: list[_Run]) -> None:
     from matplotlib.lines import Line2D
 
     width = max(len(run.name) for run in runs)
-    words = [textwrap.fill(_words(run.end), max(30, 96 - width)) if run.end else "" for run in runs]
+    words = [textwrap.fill(_words(run.end), max(30, 102 - width)) if run.end else "" for run in runs]
     names = [run.name + "\n" * text.count("\n") for run, text in zip(runs, words, strict=True)]
     keys = [Line2D([], [], color=run.colour, linewidth=2) for run in runs]
     if any(words):

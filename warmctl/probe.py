@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -48,6 +49,7 @@ class Evaluation:
         loss: its value, or None.
         untouched: `.grad` still holds what one evaluation left there: not accumulated, clipped or rescaled.
         weight: how often it is in `.grad`: more than once where a closure adds to earlier micro-batches.
+        skipped: the closure called no backward this time; `.grad` is from before. There is nothing to measure on.
     """
 
     closure: Closure | None = None
@@ -55,6 +57,7 @@ class Evaluation:
     loss: Tensor | None = None
     untouched: bool = False
     weight: float = 1.0
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,19 @@ class Prober:
         self.capture = ModelCapture(model)
         self.observed: tuple[Any, RandomState] | None = None
         self.closure_replays = -1.0  # EXACT, CLOSE or 0 once tried
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # for frameworks that keep state of their own
         self._evaluations = 0
         self.why_no_source = "there is no loss that can be evaluated again"
 
     def has_source(self, evaluation: Evaluation) -> bool:
-        replays = evaluation.closure is not None and self.closure_replays != 0.0
-        return replays or self.observed is not None or (self.capture.forwards > 0 and self.capture.trained_on)
+        """Whether there is something to evaluate again for this step."""
+        repeats = evaluation.closure is not None or bool(self.capture.weights)
+        return self.observed is not None or (repeats and self.closure_replays != 0.0)
+
+    def expects_source(self) -> bool:
+        """Whether there will be, as far as can be told before the backward pass."""
+        repeats = self.capture.forwards > 0 and self.capture.trained_on
+        return self.observed is not None or (repeats and self.closure_replays != 0.0)
 
     def probe(self, evaluation: Evaluation, params: list[Tensor], seed: int) -> Measurement:
         """Measure the coming step. Cost: the estimator's; 1 more at the first, to see that the closure can be repeated."""
@@ -156,7 +166,8 @@ class Prober:
         recording, self.capture.enabled = self.capture.enabled, False
         self._evaluations = 0
         try:
-            result = work()
+            with self.around():
+                result = work()
         except Exception as error:
             return failed(first_line(error), float(self._evaluations))
         finally:
@@ -196,7 +207,7 @@ class Prober:
         if closure is None or self.closure_replays == 0.0:
             return None
         replay = self._replay(closure, params, self.capture.random_state)
-        single = self.capture.forwards == 1
+        single = len(self.capture.weights) == 1
         if present is not None and single and self.closure_replays == EXACT:
             return replay, present, 1.0
         gradient = replay.gradient()[1]
@@ -214,7 +225,7 @@ class Prober:
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
         # them than that one does; a sum does.
         summed = max(float(w) for w in self.capture.weights) >= SCALED and reach > 1.05 * size
-        return replay, gradient, float(self.capture.forwards) if summed else 1.0
+        return replay, gradient, float(len(self.capture.weights)) if summed else 1.0
 
     def _check_closure(self, evaluation: Evaluation, params: list[Tensor]) -> None:
         """Evaluate the closure once more in place: one that draws data or keeps state cannot be measured on."""

@@ -1,11 +1,12 @@
 """Evaluating a loss again without leaving a trace.
 
-A probe needs the gradient of one and the same loss at several points. `Replay` evaluates a closure as often as
-asked, each time from the same random state, and puts back what an evaluation touches: gradients, buffers (the
-counters of batch norm included), random streams, train/eval mode. What it cannot put back is Python state of the
-caller, such as a data iterator inside the closure; `Replay.verify` notices that.
+A probe needs the gradient of one and the same loss at several points. `Replay` evaluates a closure as often
+as asked, each time from the same random state, and puts back what an evaluation touches: gradients, buffers
+(the counters of batch norm included), random streams, train/eval mode. What it cannot put back is Python
+state of the caller, such as a data iterator inside the closure; `Replay.verify` notices that.
 
-Gradients are taken where `backward` returns, before anything else in the closure (clipping, say) can change them.
+Gradients are taken where `backward` returns, before anything else in the closure (clipping, say) can change
+them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from warmctl.vectors import Vector, add_, dot, local, locals_of
 Closure = Callable[[], Any]
 
 
-NO_BACKWARD = "the closure did not call backward(): it must compute the loss, call loss.backward() and return it"
+NO_BACKWARD = (
+    "the closure did not call backward(): it must compute the loss, call loss.backward() and return it"
+)
 
 
 class NotReplayable(RuntimeError):
@@ -59,14 +62,17 @@ class RandomState:
 def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[None]:
     """Put back `.grad`, buffers, random streams, train/eval mode and the autograd mode on leaving.
 
-    Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set aside.
+    Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set
+    aside.
     """
     random_state = RandomState([p.device for p in params])
     grads = [p.grad for p in params]
     shared = [(g, g.clone()) for g in grads if g is not None and g._is_view()]  # DDP reuses its buckets
     modules = list(module.modules()) if module is not None else []
     modes = [m.training for m in modules]
-    buffers = [(m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None
+    ]
     try:
         for p in params:
             p.grad = None
@@ -80,7 +86,9 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
         for m, mode in zip(modules, modes, strict=True):
             m.training = mode
         for m, name, buffer, value in buffers:
-            buffer.data.copy_(value)  # .data: no new version, a graph of the caller's that saved it stays valid
+            buffer.data.copy_(
+                value
+            )  # .data: no new version, a graph of the caller's that saved it stays valid
             m._buffers[name] = buffer
         random_state.restore()
 
@@ -89,9 +97,9 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
 def intercept_backward(handler: Callable[..., None]) -> Iterator[None]:
     """Call `handler(original, tensors, *args, **kwargs)` in place of every backward pass this thread starts.
 
-    `torch.autograd.backward` is the one function through which `Tensor.backward`, Accelerate, Fabric and Lightning
-    all go, and the only place where a closure's gradient can be seen before the closure clips or rescales it.
-    Backward passes started inside the handler (reentrant checkpointing) go through untouched.
+    `torch.autograd.backward` is the one function through which `Tensor.backward`, Accelerate, Fabric and
+    Lightning all go, and the only place where a closure's gradient can be seen before the closure clips or
+    rescales it. Backward passes started inside the handler (reentrant checkpointing) go through untouched.
     """
     original = torch.autograd.backward
     owner, busy = threading.get_ident(), False
@@ -164,11 +172,11 @@ class Replay:
         reduce: called on a finished gradient, in place; averages over ranks where the closure does not.
 
     Attributes:
-        precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that of the
-            parameters, or of bfloat16 or float16 where autocast is on. Compiled code hides it.
+        precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that
+            of the parameters, or of bfloat16 or float16 where autocast is on. Compiled code hides it.
 
-    While the closure runs, and after its backward, every `.grad` is None; or zero if it turns out that the closure
-    cannot do without (clip_grad_value_, say), which costs one parameter-sized vector while it runs.
+    While the closure runs, and after its backward, every `.grad` is None; or zero if it turns out that the
+    closure cannot do without (clip_grad_value_, say), which costs one parameter-sized vector while it runs.
     """
 
     def __init__(
@@ -237,7 +245,9 @@ class Replay:
         """`loss` without putting anything back, for use inside `untouched` and inside torch.func transforms."""
         parts: list[Tensor] = []
 
-        def keep(_: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        def keep(
+            _: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
+        ) -> None:
             outputs = _as_list(tensors)
             weights = [None] * len(outputs) if grad_tensors is None else _as_list(grad_tensors)
             for output, weight in zip(outputs, weights, strict=True):
@@ -255,7 +265,8 @@ class Replay:
         return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
 
     def verify(self, loss: float, gradient: Vector | None) -> None:
-        """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known. Cost: 1.
+        """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known.
+        Cost: 1.
 
         The tolerance (1e-3) allows for kernels that do not add in a fixed order, not for another batch.
         """
@@ -370,4 +381,13 @@ def _as_float(loss: Any) -> float:
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss) if loss is not None else math.nan
 
 
-__all__ = ["NotReplayable", "RandomState", "Replay", "check_loss", "intercept_backward", "locals_of", "no_trace", "twice_differentiable"]
+__all__ = [
+    "NotReplayable",
+    "RandomState",
+    "Replay",
+    "check_loss",
+    "intercept_backward",
+    "locals_of",
+    "no_trace",
+    "twice_differentiable",
+]

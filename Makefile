@@ -1,0 +1,35 @@
+# make demo | test | bench | clean         ARGS are passed on: make demo ARGS="--problem cnn --seeds 5"
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BENCHMARKS := $(filter-out __init__ problems harness demo,$(basename $(notdir $(wildcard benchmarks/*.py))))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.bench
+	$(RUN) -m benchmarks.demo $(ARGS)
+
+test: export OMP_NUM_THREADS := 1
+test: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy --strict warmctl
+	$(RUN) -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.bench
+	@set -e; for name in $(BENCHMARKS); do (set -x; $(RUN) -m benchmarks.$$name --quick $(ARGS)); done
+
+clean:
+	rm -rf dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# .venv/.EXTRA: the environment with that extra in it.
+$(VENV)/.%: pyproject.toml constraints.txt | $(RUN)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)

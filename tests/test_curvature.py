@@ -1,0 +1,363 @@
+"""`lanczos` and `sharpness` against the largest eigenvalue of the dense Hessian in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems_closed_form import (
+    PROBLEMS,
+    Problem,
+    batch_norm,
+    classification,
+    dense_hessian,
+    flat,
+    lstm,
+    maximised,
+    mean_square,
+    oracle,
+    softmax_regression,
+    tanh_mlp,
+    transformer,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from warmctl.curvature import sharpness
+from warmctl.eigen import lanczos
+from warmctl.operators import HessianOperator, ScaledOperator
+from warmctl.replay import Replay
+from warmctl.update_rules import learning_rate, update_rule
+
+by_name = pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)
+
+
+@by_name
+@pytest.mark.parametrize("method", ["auto", "finite_difference"])
+def test_sharpness_is_the_top_of_the_dense_hessian(make: Callable[[], Problem], method: str) -> None:
+    problem = make()
+    values = np.linalg.eigvalsh(oracle(problem))
+    result = sharpness(problem.model, problem.loss_fn, problem.batch, method=method)
+    assert result.eigenvalue == pytest.approx(values[-1], rel=1e-3)
+    assert result.converged and result.residual <= 1e-3 * abs(result.eigenvalue)
+    vector = flat(result.eigenvector)
+    assert np.linalg.norm(vector) == pytest.approx(1, rel=1e-4)
+    true = np.linalg.norm(oracle(problem) @ vector - result.eigenvalue * vector)
+    assert true <= (1.1e-3 if method == "auto" else 4e-3) * np.abs(values).max()
+
+
+@by_name
+def test_lanczos_is_the_top_of_the_dense_hessian(make: Callable[[], Problem]) -> None:
+    problem = make()
+    replay = Replay.of_loss(problem.loss, problem.params, module=problem.model)
+    with HessianOperator(replay, problem.params) as operator:
+        result = lanczos(operator, steps=60, tol=1e-4)
+    assert result.eigenvalue == pytest.approx(np.linalg.eigvalsh(oracle(problem))[-1], rel=1e-4)
+
+
+def test_the_problems_cover_what_they_claim() -> None:
+    values = np.linalg.eigvalsh(oracle(maximised()))
+    assert -values[0] > 2 * values[-1] > 0  # the largest magnitude would be the wrong answer
+    assert batch_norm().model.training
+    assert isinstance(lstm().model.recurrent, nn.LSTM)  # type: ignore[union-attr]
+    problem = transformer()
+    assert problem.model.head.weight is problem.model.embedding.weight  # type: ignore[union-attr]
+    assert len(PROBLEMS) >= 8
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=1e-2),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1),
+    "Adam, L2": lambda params: torch.optim.Adam(params, lr=1e-2, weight_decay=0.3),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("make", [tanh_mlp, batch_norm, lstm, transformer], ids=lambda make: make.__name__)
+def test_preconditioned_by_the_state_of_adam(
+    make: Callable[[], Problem], optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> None:
+    """λ_max(D^½ (H + c) D^½) with D = η / (τ P q) from the update rule, against the dense matrix; and D itself."""
+    problem = make()
+    opt = optimizer(problem.params)
+    for _ in range(3):
+        opt.zero_grad()
+        problem.loss().backward()
+        opt.step()
+    opt.zero_grad()
+    problem.loss().backward()
+    group, rule = opt.param_groups[0], update_rule(opt)
+    assert rule is not None
+    grads = [p.grad for p in problem.params]
+    scale = rule.scale(
+        [p.detach() for p in problem.params], grads, [opt.state[p] for p in problem.params], group
+    )
+    decay = rule.coupled_decay(group)
+
+    beta1, beta2 = group["betas"]
+    for p, d in zip(problem.params, scale, strict=True):
+        g = p.grad + decay * p.detach()
+        v = (beta2 * opt.state[p]["exp_avg_sq"] + (1 - beta2) * g**2) / (1 - beta2**4)
+        edge = 2 * (1 + beta1) / (1 - beta1) * (1 - beta1**4)
+        torch.testing.assert_close(
+            d, learning_rate(group) / edge / (v.sqrt() + group["eps"]), rtol=1e-4, atol=0
+        )
+
+    root = [d.sqrt() for d in scale]
+    hessian = dense_hessian(problem.model, problem.loss_fn, problem.batch)
+    d = flat(root)
+    top = np.linalg.eigvalsh(d[:, None] * (hessian + decay * np.eye(len(d))) * d[None, :])[-1]
+    for method, tolerance in (("double_backward", 1e-4), ("finite_difference", 5e-3)):
+        replay = Replay.of_loss(problem.loss, problem.params, module=problem.model)
+        operator = HessianOperator(replay, problem.params, method, central=True)
+        result = lanczos(ScaledOperator(operator, root, [decay] * len(root)), steps=60, tol=1e-4)
+        assert result.eigenvalue == pytest.approx(top, rel=tolerance)
+
+
+def thirds(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+    """The batch in three very unequal parts."""
+    x, y = problem.batch
+    cuts = (0, 3, 11, len(x))
+    return [(x[a:b], y[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def several(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Callable[[], Any]]:
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(parts)
+
+    return {
+        "list of tuples": lambda: parts,
+        "list of lists": lambda: [list(part) for part in parts],
+        "generator": lambda: (part for part in parts),
+        "iterator": lambda: iter(parts),
+        "iterable": Loader,
+        "list of dicts": lambda: [{"name": "rows", "x": x, "y": y} for x, y in parts],
+    }
+
+
+def any_classification(model: nn.Module, batch: Any) -> Tensor:
+    x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
+    return F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("kind", several([]).keys())
+@pytest.mark.parametrize("method", ["auto", "finite_difference"])
+def test_unequal_batches_are_weighted_by_their_rows(kind: str, method: str) -> None:
+    problem = tanh_mlp()
+    parts = thirds(problem)
+    whole = np.linalg.eigvalsh(oracle(problem))[-1]
+    unweighted = np.linalg.eigvalsh(
+        sum(dense_hessian(problem.model, classification, part) for part in parts) / 3
+    )[-1]
+    assert abs(unweighted / whole - 1) > 0.05  # an unweighted mean would be noticed
+    result = sharpness(problem.model, any_classification, several(parts)[kind](), method=method)
+    assert result.eigenvalue == pytest.approx(whole, rel=1e-3)
+
+
+def test_batches_of_the_forms_that_are_one_batch() -> None:
+    problem = softmax_regression()
+    x, y = problem.batch
+    top = np.linalg.eigvalsh(oracle(problem))[-1]
+    fixed = {"x": x, "y": y}
+    for batch in ((x, y), [x, y], fixed, ((x, {"mask": None}), y), [(x,), y]):
+
+        def loss_fn(model: nn.Module, got: Any, batch: Any = batch) -> Tensor:
+            assert got is batch  # handed over as it is
+            return F.cross_entropy(model(x), y)
+
+        assert sharpness(problem.model, loss_fn, batch).eigenvalue == pytest.approx(top, rel=1e-3)
+    assert sharpness(problem.model, lambda m, b: F.cross_entropy(m(b), y), x).eigenvalue == pytest.approx(
+        top, rel=1e-3
+    )
+
+
+def test_only_one_graph_is_alive_at_a_time() -> None:
+    problem = tanh_mlp()
+    alive: list[Any] = []
+    most = 0
+
+    class Tracked(torch.autograd.Function):
+        """The identity; its node lives as long as the graph."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.mark = Mark()
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    class Mark:
+        def __init__(self) -> None:
+            nonlocal most
+            alive.append(None)
+            most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    for method in ("double_backward", "finite_difference"):
+        sharpness(
+            problem.model,
+            lambda m, b: Tracked.apply(classification(m, b)),
+            thirds(problem) * 2,
+            method=method,
+        )
+        assert most == 1
+        assert not alive
+
+
+def test_each_product_goes_over_every_batch_once() -> None:
+    problem = tanh_mlp()
+    seen: list[int] = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(len(batch[0]))
+        return classification(model, batch)
+
+    result = sharpness(problem.model, loss_fn, thirds(problem))
+    assert seen == [3, 8, 37] * result.hvps
+    seen.clear()
+    result = sharpness(problem.model, loss_fn, thirds(problem), method="finite_difference")
+    assert seen == [3, 3, 8, 8, 37, 37] * result.hvps
+
+
+def test_fallback_over_several_batches_is_tried_once() -> None:
+    torch.manual_seed(0)
+    bag, tokens, target = nn.EmbeddingBag(6, 3), torch.randint(6, (12, 2)), torch.randint(3, (12,))
+    calls = 0
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    parts = [(tokens[:4], target[:4]), (tokens[4:], target[4:])]
+    result = sharpness(bag, loss_fn, parts)
+    assert calls == 1 + 4 * result.hvps
+    one = sharpness(bag, loss_fn, (tokens, target))
+    assert result.eigenvalue == pytest.approx(one.eigenvalue, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["auto", "finite_difference"])
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_no_trace(method: str, own_generator: bool) -> None:
+    """A model with batch norm and dropout, a shuffling loader, gradients that are there already."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 2))
+    model[2].eval()
+    model[0].bias.requires_grad_(False)
+    generator = torch.Generator().manual_seed(3) if own_generator else None
+    data = TensorDataset(torch.randn(20, 4), torch.randint(2, (20,)))
+    loader = DataLoader(data, batch_size=8, shuffle=True, generator=generator)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    grads, state = [p.grad for p in model.parameters()], copy.deepcopy(model.state_dict())
+    streams = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
+    own = generator.get_state() if generator is not None else None
+
+    first = sharpness(model, classification, loader, method=method)
+
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert np.array_equal(np.random.get_state()[1], streams[1]) and random.getstate() == streams[2]  # type: ignore[index]
+    assert generator is None or torch.equal(generator.get_state(), own)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert all(g is None or torch.equal(g, torch.ones_like(g)) for g in grads)
+    assert [m.training for m in model.modules()] == [True, True, True, False, True]
+    assert not model[0].bias.requires_grad
+    second = sharpness(model, classification, loader, method=method)
+    assert first.eigenvalue == second.eigenvalue  # the same batches, the same start
+    assert [v.shape for v in first.eigenvector] == [p.shape for p in model.parameters() if p.requires_grad]
+
+
+def test_the_present_mode_is_the_one_measured() -> None:
+    problem = batch_norm()
+    train = sharpness(problem.model, problem.loss_fn, problem.batch)
+    problem.model.eval()
+    found = sharpness(problem.model, problem.loss_fn, problem.batch)
+    top = np.linalg.eigvalsh(dense_hessian(problem.model, problem.loss_fn, problem.batch))[-1]
+    assert found.eigenvalue == pytest.approx(top, rel=1e-3)
+    assert abs(found.eigenvalue / train.eigenvalue - 1) > 0.05
+
+
+def test_it_works_where_gradients_are_off() -> None:
+    problem = softmax_regression()
+    with torch.no_grad():
+        result = sharpness(problem.model, problem.loss_fn, problem.batch)
+    assert result.eigenvalue == pytest.approx(np.linalg.eigvalsh(oracle(problem))[-1], rel=1e-3)
+
+
+def test_a_result_short_of_the_tolerance_says_so() -> None:
+    problem = tanh_mlp()
+    with pytest.warns(RuntimeWarning, match=r"did not reach tol=1e-08: residual .* after 3 products"):
+        result = sharpness(problem.model, problem.loss_fn, problem.batch, steps=3, tol=1e-8)
+    assert not result.converged and result.hvps == 3
+    assert result.residual > 1e-8 * result.eigenvalue
+    assert result.eigenvalue <= np.linalg.eigvalsh(oracle(problem))[-1] * (1 + 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharpness(problem.model, problem.loss_fn, problem.batch)
+
+
+def test_a_loss_that_is_not_finite_is_no_result() -> None:
+    problem = tanh_mlp()
+    with pytest.warns(RuntimeWarning, match="did not reach"):
+        result = sharpness(problem.model, lambda m, b: classification(m, b) * float("nan"), problem.batch)
+    assert np.isnan(result.eigenvalue) and not result.converged
+
+
+def test_a_loss_without_curvature() -> None:
+    model = nn.Linear(3, 1)
+    for loss_fn in (lambda m, b: m(b).mean(), lambda m, b: torch.tensor(1.0)):
+        result = sharpness(model, loss_fn, torch.ones(4, 3))
+        assert (result.eigenvalue, result.residual, result.converged) == (0.0, 0.0, True)
+
+
+def test_seeds_and_steps_reach_the_solver() -> None:
+    problem = tanh_mlp()
+    with pytest.warns(RuntimeWarning):
+        a, b, c = (
+            sharpness(problem.model, problem.loss_fn, problem.batch, steps=2, seed=seed).eigenvalue
+            for seed in (0, 0, 1)
+        )
+    assert a == b != c
+
+
+def test_bad_input() -> None:
+    model = nn.Linear(3, 2)
+    rows = torch.ones(4, 3)
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires grad"):
+        sharpness(frozen, lambda m, b: m(b).mean(), rows)
+    with pytest.raises(ValueError, match="no parameter that requires grad"):
+        sharpness(nn.Tanh(), lambda m, b: m(b).mean(), rows)
+    for empty in ([], iter(()), [(torch.ones(0, 3),)]):
+        with pytest.raises(ValueError, match="no batches to measure on"):
+            sharpness(model, lambda m, b: m(b).mean(), empty)
+    used = iter([(rows,)])
+    next(used)
+    with pytest.raises(ValueError, match="or was read before"):
+        sharpness(model, lambda m, b: m(b[0]).mean(), used)
+    with pytest.raises(ValueError, match="must hold a tensor"):
+        sharpness(model, lambda m, b: m(rows).mean(), [("text",), ("more",)])
+    with pytest.raises(ValueError, match=r"must be a scalar, got shape \(4, 2\)"):
+        sharpness(model, lambda m, b: m(b), rows)
+    with pytest.raises(TypeError, match="scalar tensor, got float"):
+        sharpness(model, lambda m, b: 1.0, rows)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="method must be one of"):
+        sharpness(model, mean_square, (rows, rows), method="exact")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        sharpness(model, mean_square, (rows, torch.ones(4, 2)), steps=0)
+    with pytest.raises(ValueError, match="meta device"):
+        sharpness(nn.Linear(3, 2, device="meta"), mean_square, (rows, torch.ones(4, 2)))
