@@ -31,7 +31,7 @@ from warmctl import AdaptiveWarmup, sharpness
 
 Check = Callable[[], dict[str, Any]]
 CHECKS: dict[str, Check] = {}
-ROWS, WIDTH, STEPS = 32, 12, 6
+ROWS, WIDTH, STEPS = 32, 8, 6
 
 
 def check(function: Check) -> Check:
@@ -44,7 +44,9 @@ class Regressor(nn.Module):
 
     def __init__(self, unused: bool = False) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2))
+        self.body = nn.Sequential(
+            nn.Linear(6, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2)
+        )
         self.spare = nn.Linear(3, 3) if unused else None
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -72,8 +74,8 @@ def own(step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def wrap(model: nn.Module, known: nn.Module, **options: Any) -> AdaptiveWarmup:
-    base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    return AdaptiveWarmup(base, known, **{"every": 1, "probe_steps": 20, **options})
+    base = torch.optim.SGD(model.parameters(), lr=8.0, momentum=0.9)
+    return AdaptiveWarmup(base, known, **{"every": 1, "probe_steps": 14, **options})
 
 
 def train(model: nn.Module, opt: AdaptiveWarmup, source: str, steps: range = range(STEPS)) -> None:
@@ -100,6 +102,7 @@ def train(model: nn.Module, opt: AdaptiveWarmup, source: str, steps: range = ran
 
 def truth(model: nn.Module, step: int = 0) -> float:
     """λ_max on the whole batch, by one process alone, in float64 by double backward."""
+
     def loss(m: nn.Module, b: Any) -> Tensor:
         out = m(*b)["loss"] if isinstance(m, Regressor) else nn.functional.mse_loss(m(b[0]), b[1])
         return out
@@ -107,13 +110,17 @@ def truth(model: nn.Module, step: int = 0) -> float:
     return sharpness(model, loss, batch(step), tol=1e-8).eigenvalue
 
 
+def full_weights(model: nn.Module) -> list[float]:
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return torch.cat([w.detach().flatten() for w in whole]).tolist()
+
+
 def seen(model: nn.Module, opt: AdaptiveWarmup, expected: float) -> dict[str, Any]:
     """What a rank saw: its decisions, its final weights, its failures, and λ at the first step beside the truth."""
-    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     rows = list(opt.history)
     return {
         "decisions": [(row["scale"], row["stability_ratio"], row["phase"]) for row in rows],
-        "weights": torch.cat([w.detach().flatten() for w in weights]).tolist(),
+        "weights": full_weights(model),
         "probes": opt.metrics["probes"],
         "failures": [row["reason"] for row in rows if "failed" in row["reason"]],
         "sharpness": next(row["sharpness"] for row in rows if row["probed"]),
@@ -122,7 +129,9 @@ def seen(model: nn.Module, opt: AdaptiveWarmup, expected: float) -> dict[str, An
     }
 
 
-def ddp(source: str, *, known: str, bare: bool = False, unused: bool = False, **options: Any) -> dict[str, Any]:
+def ddp(
+    source: str, *, known: str, bare: bool = False, unused: bool = False, **options: Any
+) -> dict[str, Any]:
     """Train under DDP. `known` is the model the wrapper is given: the one inside, or DDP's."""
     model = build(unused=unused)
     expected = truth(model)
@@ -171,22 +180,7 @@ def ddp_backward() -> dict[str, Any]:
     opt = wrap(model, model)
     outer = DistributedDataParallel(model.body)
     train(outer, opt, "backward")
-    with torch.no_grad():  # the live graph answers one step late: at the weights of step 1
-        fresh = build()
-    expected = math_after_first_step(fresh, opt)
-    return seen(model, opt, expected)
-
-
-def math_after_first_step(model: nn.Module, opt: AdaptiveWarmup) -> float:
-    """λ on the batch of the step whose backward made the first probe, at the weights it had then."""
-    first = next(i for i, row in enumerate(opt.history) if row["probed"])
-    base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    for step in range(first):
-        base.param_groups[0]["lr"] = list(opt.history)[step]["lr"]
-        base.zero_grad()
-        model(*batch(step))["loss"].backward()
-        base.step()
-    return truth(model, first)
+    return seen(model, opt, truth(build()))
 
 
 @check
@@ -208,22 +202,6 @@ def ddp_no_sync() -> dict[str, Any]:
     return seen(model, opt, expected)
 
 
-@check
-def monitor_leaves_no_trace() -> dict[str, Any]:
-    """With control=False, weights under DDP with bucket views are those of the bare optimizer, bit for bit."""
-    runs = []
-    for monitored in (True, False):
-        model = build()
-        outer = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        opt = AdaptiveWarmup(base, outer, every=1, control=False) if monitored else base
-        train(outer, opt, "captured")  # type: ignore[arg-type]
-        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        if monitored:
-            failures = [row["reason"] for row in opt.history if "failed" in row["reason"]]  # type: ignore[attr-defined]
-    return {"equal": bool(torch.equal(*runs)), "failures": failures}
-
-
 def shard(model: Regressor) -> Regressor:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.body:
@@ -231,6 +209,33 @@ def shard(model: Regressor) -> Regressor:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def monitor(place: Callable[[Regressor], nn.Module]) -> dict[str, Any]:
+    """With control=False the weights are those of the bare optimizer, bit for bit."""
+    runs, failures, probes = [], [], 0
+    for monitored in (True, False):
+        model = build()
+        placed = place(model)
+        base = torch.optim.SGD(placed.parameters(), lr=0.05, momentum=0.9)
+        opt: Any = AdaptiveWarmup(base, placed, every=1, control=False) if monitored else base
+        for source in ("captured", "closure"):
+            train(placed, opt, source, range(3))
+        runs.append(full_weights(placed))
+        if monitored:
+            probes = opt.metrics["probes"]
+            failures = [row["reason"] for row in opt.history if "failed" in row["reason"]]
+    return {"equal": runs[0] == runs[1], "probes": probes, "failures": failures}
+
+
+@check
+def monitor_ddp() -> dict[str, Any]:
+    return monitor(lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True))
+
+
+@check
+def monitor_fsdp() -> dict[str, Any]:
+    return monitor(shard)
 
 
 def fsdp(source: str) -> dict[str, Any]:
@@ -280,7 +285,11 @@ def fsdp_checkpoint() -> dict[str, Any]:
     at_load = (resumed.phase, resumed.metrics["scale"])
     train(other, resumed, "closure", range(3, 9))
     decisions = [
-        [(r["step"], r["scale"], repr(r["stability_ratio"]), r["probed"], r["overhead"]) for r in o.history if r["step"] > 3]
+        [
+            (r["step"], r["scale"], repr(r["stability_ratio"]), r["probed"], r["overhead"])
+            for r in o.history
+            if r["step"] > 3
+        ]
         for o in (opt, resumed)
     ]
     pairs = zip(model.parameters(), other.parameters(), strict=True)
@@ -308,6 +317,25 @@ def failure_on_one_rank() -> dict[str, Any]:
         opt.prober.probe = lambda *a, **k: opt.last.times(0.5)  # type: ignore[method-assign,union-attr]
     train(outer, opt, "captured", range(2, 3))
     return {"before": before, "after": opt.metrics["scale"], "reason": opt.metrics["reason"]}
+
+
+@check
+def nan_on_one_rank() -> dict[str, Any]:
+    """The first loss is nan on one rank alone; its gradient then is nan on both."""
+    model = build()
+    opt = wrap(model, model)
+    outer = DistributedDataParallel(model)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        x, y = own(0)
+        loss: Tensor = outer(x, y * torch.nan if dist.get_rank() == 1 else y)["loss"]
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    rows = list(opt.history)
+    return {"decisions": [(r["scale"], r["phase"]) for r in rows], "probed": any(r["hvps"] for r in rows)}
 
 
 def main() -> None:

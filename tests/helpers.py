@@ -1,4 +1,4 @@
-"""A tiny training run, and bitwise comparison of everything that it touches. Shared by the tests of the wrapper."""
+"""A tiny training run, and bitwise comparison of everything that it touches; for the tests of the wrapper."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def batch_of(step: int, size: int = 16) -> Batch:
     return x, (x[:, :3] > 0).to(x.dtype)
 
 
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+def loss_fn(model: nn.Module, batch: Batch) -> Any:
     return F.mse_loss(model(batch[0]), batch[1])
 
 
-def closure_for(opt: torch.optim.Optimizer, model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
+def closure_for(opt: Any, model: Any, batch: Batch) -> Callable[[], Any]:
+    def closure() -> Any:
         opt.zero_grad()
-        loss = loss_fn(model, batch)
+        loss: Any = loss_fn(model, batch)
         loss.backward()
         return loss
 
     return closure
 
 
-def train(opt: torch.optim.Optimizer, model: nn.Module, steps: Iterable[int]) -> list[dict[str, Any]]:
+def train(opt: Any, model: Any, steps: Iterable[int]) -> list[dict[str, Any]]:
     """Train with closures on the batches of these steps; the wrapper's metrics after each one."""
     rows = []
     for step in steps:
@@ -66,7 +66,7 @@ def random_streams() -> dict[str, Any]:
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
 
 
-def everything(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
+def everything(model: nn.Module, opt: Any) -> dict[str, Any]:
     """All that a probe could leave a trace in, copied."""
     base = opt.base if isinstance(opt, AdaptiveWarmup) else opt
     params = [p for group in base.param_groups for p in group["params"]]

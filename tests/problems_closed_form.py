@@ -42,7 +42,7 @@ def double(tree: Any) -> Any:
 
 
 def dense_hessian(model: nn.Module, loss_fn: LossFn, batch: Any) -> np.ndarray:
-    """The Hessian over the trainable parameters in float64, in the model's present mode; the model is not touched."""
+    """The Hessian over the trainable parameters in float64, in the present mode; the model is not touched."""
     twin = copy.deepcopy(model).double()
     for module in twin.modules():
         if isinstance(module, nn.Embedding):

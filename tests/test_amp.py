@@ -1,4 +1,4 @@
-"""Mixed precision on CPU: gradient scalers with skipped steps, fused optimizers, autocast, bfloat16 parameters."""
+"""Mixed precision on CPU: gradient scalers and skipped steps, fused optimizers, autocast, bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def test_a_fused_step_is_still_unscaled_by_the_kernel_when_warmup_is_over() -> N
 
 
 def by_closure(opt: Any, model: nn.Module, batch: Batch) -> None:
-    def closure() -> Tensor:
+    def closure() -> Any:
         opt.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss: Tensor = model(batch)["loss"]
+            loss: Any = model(batch)["loss"]
         loss.backward()
         return loss
 
@@ -149,7 +149,8 @@ def test_autocast_reaches_the_probe_and_leaves_no_trace(loop: Callable[..., None
     found, expected = run(True), run(False)
     assert_same(found[0], expected[0])
     exact = LossModel()
-    reference = AdaptiveWarmup(torch.optim.SGD(exact.parameters(), lr=0.1, momentum=0.9), exact, every=1, control=False)
+    base = torch.optim.SGD(exact.parameters(), lr=0.1, momentum=0.9)
+    reference = AdaptiveWarmup(base, exact, every=1, control=False)
     train(reference, exact.net, range(4))
     assert found[1].metrics["probes"] == 4
     assert found[1].metrics["sharpness"] == pytest.approx(reference.metrics["sharpness"], rel=0.1)
@@ -159,12 +160,13 @@ def test_autocast_reaches_the_probe_and_leaves_no_trace(loop: Callable[..., None
 def test_bfloat16_parameters_are_measured(hvp: str) -> None:
     def run(dtype: torch.dtype) -> dict[str, Any]:
         model = mlp().to(dtype)
-        opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=1e-3), model, every=1, hvp=hvp, probe_steps=6)
+        base = torch.optim.SGD(model.parameters(), lr=1e-3)
+        opt = AdaptiveWarmup(base, model, every=1, hvp=hvp, probe_steps=6)
         x, y = batch_of(0)
         rows: list[dict[str, Any]] = []
         for _ in range(3):
 
-            def closure() -> Tensor:
+            def closure() -> Any:
                 opt.zero_grad()
                 loss = loss_fn(model, (x.to(dtype), y.to(dtype)))
                 loss.backward()

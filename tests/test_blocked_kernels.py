@@ -53,10 +53,10 @@ def test_flash_attention(training: bool, dropout: float) -> None:
     problem.model.dropout = dropout  # type: ignore[assignment]
     with (
         sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-        pytest.raises(RuntimeError, match="flash_attention.*not implemented"),
+        pytest.raises(RuntimeError, match=r"flash_attention.*not implemented"),
     ):
         plain_product(problem.loss(), problem.params)
-    with pytest.raises(RuntimeError, match="flash_attention.*not implemented"):
+    with pytest.raises(RuntimeError, match=r"flash_attention.*not implemented"):
         plain_product(problem.loss(), problem.params)
     for method in ("auto", "double_backward", "forward_over_reverse"):
         operator = HessianOperator(problem.loss, problem.params, method)
@@ -82,7 +82,7 @@ def test_a_kernel_that_the_model_insists_on() -> None:
 
 @pytest.mark.parametrize("whole_loss", [False, True])
 def test_compiled_model(whole_loss: bool) -> None:
-    """A compiled module, and a compiled function round the module; the eager code is differentiated instead."""
+    """A compiled module, and a compiled function round it; the eager code is differentiated instead."""
     problem = tanh_mlp()
     if whole_loss:
         loss = torch.compile(problem.loss, backend="aot_eager")
@@ -146,7 +146,7 @@ def _central_difference(loss: Callable[[], Tensor], param: nn.Parameter, vector:
 
 @pytest.mark.parametrize("hidden", [True, False])
 def test_reentrant_checkpoint(hidden: bool) -> None:
-    """With `hidden` all parameters are inside: autograd.grad finds none of them and would silently report zero."""
+    """With `hidden` all parameters are inside: autograd.grad finds none and would silently report zero."""
     problem = tanh_mlp()
     x, y = problem.batch
     first, rest = problem.model[0], problem.model[1:]
@@ -183,7 +183,7 @@ def test_other_checkpoints_are_exact() -> None:
 def test_unused_parameters_are_rows_of_zeros(method: str) -> None:
     problem = tanh_mlp()
     unused = nn.Parameter(torch.ones(3))
-    with pytest.raises(RuntimeError, match="not (to )?have been used in the graph"):
+    with pytest.raises(RuntimeError, match=r"not (to )?have been used in the graph"):
         plain_product(problem.loss(), [*problem.params, unused])
     operator = HessianOperator(problem.loss, [unused, *problem.params], method)
     product = operator.matvec(random_like(operator.template, 0))

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from helpers import assert_same, batch_of, everything, loss_fn, mlp, train
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from warmctl import AdaptiveWarmup
 
-Run = tuple[nn.Module, AdaptiveWarmup]
+Run = tuple[Any, AdaptiveWarmup]
 STOP, END = 12, 24
 
 
@@ -60,9 +60,13 @@ def through_dcp(flatten: bool) -> Callable[[Run, Run, Path], None]:
 
     def transfer(saved: Run, fresh: Run, path: Path) -> None:
         model, opt = get_state_dict(*saved, options=options)
-        dcp.save({"model": model, "opt": opt}, checkpoint_id=path, no_dist=True)
+        dcp.save(  # type: ignore[attr-defined]
+            {"model": model, "opt": opt}, checkpoint_id=path, no_dist=True
+        )
         model, opt = get_state_dict(*fresh, options=options)
-        dcp.load({"model": model, "opt": opt}, checkpoint_id=path, no_dist=True)
+        dcp.load(  # type: ignore[attr-defined]
+            {"model": model, "opt": opt}, checkpoint_id=path, no_dist=True
+        )
         set_state_dict(*fresh, model_state_dict=model, optim_state_dict=opt, options=options)
 
     return transfer
@@ -73,7 +77,7 @@ FORMATS = {
     "dcp": through_dcp(False),
     "dcp-flat": through_dcp(True),
 }
-PHASES = {
+PHASES: dict[str, dict[str, Any]] = {
     "warmup": {},
     "dense": {"every": 1},
     "guard": {"max_warmup": 4},

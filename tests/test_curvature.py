@@ -36,6 +36,7 @@ from warmctl.eigen import lanczos
 from warmctl.operators import HessianOperator, ScaledOperator
 from warmctl.replay import Replay
 from warmctl.update_rules import learning_rate, update_rule
+from warmctl.vectors import significant
 
 by_name = pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)
 
@@ -81,11 +82,11 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-@pytest.mark.parametrize("make", [tanh_mlp, batch_norm, lstm, transformer], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [tanh_mlp, batch_norm, transformer], ids=lambda make: make.__name__)
 def test_preconditioned_by_the_state_of_adam(
     make: Callable[[], Problem], optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 ) -> None:
-    """λ_max(D^½ (H + c) D^½) with D = η / (τ P q) from the update rule, against the dense matrix; and D itself."""
+    """λ_max(D^½ (H + c) D^½), D = η / (τ P q) of the update rule, against the dense matrix; and D itself."""
     problem = make()
     opt = optimizer(problem.params)
     for _ in range(3):
@@ -111,15 +112,45 @@ def test_preconditioned_by_the_state_of_adam(
             d, learning_rate(group) / edge / (v.sqrt() + group["eps"]), rtol=1e-4, atol=0
         )
 
-    root = [d.sqrt() for d in scale]
     hessian = dense_hessian(problem.model, problem.loss_fn, problem.batch)
-    d = flat(root)
-    top = np.linalg.eigvalsh(d[:, None] * (hessian + decay * np.eye(len(d))) * d[None, :])[-1]
-    for method, tolerance in (("double_backward", 1e-4), ("finite_difference", 5e-3)):
+    everywhere = [d.sqrt() for d in scale]
+    moved = [r * keep for r, keep in zip(everywhere, significant(grads), strict=True)]
+    for method, root, tolerance in (
+        ("double_backward", everywhere, 1e-4),
+        ("double_backward", moved, 1e-4),
+        ("finite_difference", moved, 1e-2),
+    ):
+        d = flat(root)
+        top = np.linalg.eigvalsh(d[:, None] * (hessian + decay * np.eye(len(d))) * d[None, :])[-1]
         replay = Replay.of_loss(problem.loss, problem.params, module=problem.model)
-        operator = HessianOperator(replay, problem.params, method, central=True)
+        operator = HessianOperator(replay, problem.params, method)
         result = lanczos(ScaledOperator(operator, root, [decay] * len(root)), steps=60, tol=1e-4)
         assert result.eigenvalue == pytest.approx(top, rel=tolerance)
+
+
+@pytest.mark.parametrize("make", [batch_norm, transformer], ids=lambda make: make.__name__)
+def test_entries_whose_gradient_is_rounding_are_left_out_of_differences(make: Callable[[], Problem]) -> None:
+    """A bias before batch norm, a key bias, an absent token: 1/√v̂ is enormous, the curvature zero."""
+    problem = make()
+    replay = Replay.of_loss(problem.loss, problem.params, module=problem.model)
+    gradient = replay.gradient()[1]
+    everywhere = [(g.abs() + 1e-8).rsqrt() for g in gradient]  # Adam's first step
+    moved = [r * keep for r, keep in zip(everywhere, significant(gradient), strict=True)]
+    assert 0 < sum(int((r == 0).sum()) for r in moved) < sum(r.numel() for r in moved) / 2
+
+    def ratio(method: str, root: list[Tensor]) -> float:
+        operator = HessianOperator(replay, problem.params, method, gradient=gradient)
+        return lanczos(ScaledOperator(operator, root), steps=40, tol=1e-4).eigenvalue
+
+    exact = ratio("double_backward", everywhere)
+    assert ratio("double_backward", moved) == pytest.approx(exact, rel=1e-3)  # nothing is lost
+    assert ratio("finite_difference", moved) == pytest.approx(exact, rel=1e-2)
+    assert ratio("finite_difference", everywhere) > 5 * exact  # the hazard
+
+
+def test_nothing_is_significant_in_a_gradient_of_zeros() -> None:
+    assert not any(keep.any() for keep in significant([torch.zeros(3), torch.zeros(0)]))
+    assert significant([torch.tensor([1.0, 1e-8, -1e-6, 0.0])])[0].tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
 def thirds(problem: Problem) -> list[tuple[Tensor, Tensor]]:
@@ -269,7 +300,8 @@ def test_no_trace(method: str, own_generator: bool) -> None:
     first = sharpness(model, classification, loader, method=method)
 
     assert torch.equal(torch.get_rng_state(), streams[0])
-    assert np.array_equal(np.random.get_state()[1], streams[1]) and random.getstate() == streams[2]  # type: ignore[index]
+    assert np.array_equal(np.random.get_state()[1], streams[1])  # type: ignore[index]
+    assert random.getstate() == streams[2]
     assert generator is None or torch.equal(generator.get_state(), own)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
@@ -283,12 +315,13 @@ def test_no_trace(method: str, own_generator: bool) -> None:
 
 def test_the_present_mode_is_the_one_measured() -> None:
     problem = batch_norm()
+    problem.model(torch.randn(50, 5) * 3 + 1)  # running statistics unlike those of the batch
     train = sharpness(problem.model, problem.loss_fn, problem.batch)
     problem.model.eval()
     found = sharpness(problem.model, problem.loss_fn, problem.batch)
     top = np.linalg.eigvalsh(dense_hessian(problem.model, problem.loss_fn, problem.batch))[-1]
     assert found.eigenvalue == pytest.approx(top, rel=1e-3)
-    assert abs(found.eigenvalue / train.eigenvalue - 1) > 0.05
+    assert abs(found.eigenvalue / train.eigenvalue - 1) > 0.02
 
 
 def test_it_works_where_gradients_are_off() -> None:

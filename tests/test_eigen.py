@@ -120,7 +120,7 @@ def test_right_end_of_the_spectrum(solve, spectrum: list[float]) -> None:
 
 
 def test_magnitude_would_have_been_wrong() -> None:
-    """The start is the eigenvector of the wrong end, ten times larger: power iteration without a shift stays there."""
+    """The start is the eigenvector of the wrong end, ten times larger: without a shift it stays there."""
     matrix = np.diag([-10.0, 0.3, 0.5, 1.0])
     operator = Matrix(matrix)
     start = unflat(np.array([1.0, 0.0, 0.0, 0.0]), operator.template)

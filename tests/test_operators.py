@@ -1,4 +1,4 @@
-"""Every way to a Hessian-vector product against the dense Hessian, and what the operator promises beside it."""
+"""Every way to a Hessian-vector product against the dense Hessian, and what the operator promises."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_finite_differences_are_accurate_along_the_top_eigenvector(
 
 
 def test_the_step_does_not_grow_with_the_number_of_tensors() -> None:
-    """A top eigenvector that lives in one small tensor: a step relative to the norm of all is too long for it."""
+    """A top eigenvector that lives in one small tensor: a step relative to the norm of all is too long."""
     torch.manual_seed(0)
     small = nn.Parameter(torch.tensor([0.05]))
     large = [nn.Parameter(torch.full((400,), 0.5)) for _ in range(40)]
@@ -373,7 +373,7 @@ def test_a_loss_that_is_no_scalar_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match="must be a scalar, got shape"):
         HessianOperator(lambda: w * 2, [w], method).matvec([torch.ones(2)])
     with pytest.raises(TypeError, match="scalar tensor, got float"):
-        HessianOperator(lambda: 2.0, [w], method).matvec([torch.ones(2)])  # type: ignore[arg-type, return-value]
+        HessianOperator(lambda: 2.0, [w], method).matvec([torch.ones(2)])  # type: ignore
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

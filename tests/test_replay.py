@@ -40,13 +40,13 @@ def closure_of(model: nn.Module, after_backward: Callable[[], object] = lambda: 
     return closure
 
 
-def replay_of(model: nn.Module, **options: object) -> Replay:
-    return Replay(closure_of(model), list(model.parameters()), module=model, **options)  # type: ignore[arg-type]
+def replay_of(model: nn.Module) -> Replay:
+    return Replay(closure_of(model), list(model.parameters()), module=model)
 
 
 def streams() -> tuple[object, ...]:
-    numpy_state = np.random.get_state()
-    return (torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2], random.getstate())  # type: ignore[index, union-attr]
+    _, keys, position, *_ = np.random.get_state()
+    return torch.get_rng_state().tolist(), keys.tolist(), position, random.getstate()
 
 
 EVALUATIONS: dict[str, Callable[[Replay], object]] = {
@@ -68,7 +68,7 @@ EVALUATIONS: dict[str, Callable[[Replay], object]] = {
 
 @pytest.mark.parametrize("evaluate", EVALUATIONS.values(), ids=EVALUATIONS.keys())
 def test_no_trace(evaluate: Callable[[Replay], object]) -> None:
-    """Parameters, gradients, buffers and their counters, modes, random streams: as before, and the same objects."""
+    """Parameters, gradients, buffers and counters, modes, random streams: as before, and the same objects."""
     model = noisy_model()
     model[2].eval()  # one module in another mode than the rest
     model(torch.randn(3, 4))
@@ -301,7 +301,7 @@ def test_gradients_of_other_leaves_are_not_accumulated_into() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_segments(reentrant: bool) -> None:
-    """The nested backward pass of a reentrant checkpoint is part of the outer one; recomputing leaves no trace."""
+    """The nested backward of a reentrant checkpoint is part of the outer one; recomputing leaves no trace."""
     problem = batch_norm()
     x, y = problem.batch
     x.requires_grad_()  # reentrant checkpoints need an input that requires grad
@@ -378,7 +378,7 @@ def test_the_average_over_ranks_reaches_gradients_and_exact_products() -> None:
 
 
 def test_an_outer_autocast_neither_hides_the_step_nor_keeps_it() -> None:
-    """Autocast keeps the bfloat16 copies of the parameters: displaced ones must not be missed, nor leak out."""
+    """Autocast keeps bfloat16 copies of the parameters: displaced ones must not be missed, nor leak out."""
     problem = tanh_mlp()
     x, y = problem.batch
     vector = random_like(problem.params, 0)

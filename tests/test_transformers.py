@@ -67,7 +67,14 @@ class Run:
     """A script that trains `model` for some steps into `folder`."""
 
     def __init__(
-        self, model: str, folder: Path, *, wrapped: bool = True, steps: int = 8, lr: float = 3e-2, **options: Any
+        self,
+        model: str,
+        folder: Path,
+        *,
+        wrapped: bool = True,
+        steps: int = 8,
+        lr: float = 3e-2,
+        **options: Any,
     ) -> None:
         arguments = options.pop("arguments", {})
         torch.manual_seed(0)
@@ -111,7 +118,9 @@ def failures(rows: Rows) -> list[str]:
 
 
 def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
+    return [
+        (row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows
+    ]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -124,7 +133,10 @@ def test_monitor_leaves_no_trace(model: str, accumulation: int, tmp_path: Path) 
     assert not failures(monitored.rows)
     assert monitored.opt.metrics["step"] == 8
     assert monitored.opt.metrics["probes"] == 4
-    logs = [[{k: row[k] for k in ("loss", "grad_norm") if k in row} for row in r.trainer.state.log_history] for r in (plain, monitored)]
+    logs = [
+        [{k: row[k] for k in ("loss", "grad_norm") if k in row} for row in r.trainer.state.log_history]
+        for r in (plain, monitored)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -137,11 +149,11 @@ def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, tmp_pa
         tmp_path,
         steps=1,
         every=100,
-        probe_steps=40,
+        probe_steps=20,
         arguments={"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.01},
     )
     base = torch.optim.SGD(run.model.parameters(), lr=1e-6)
-    run.opt = run.trainer.optimizer = AdaptiveWarmup(base, run.model, every=100, probe_steps=40)
+    run.opt = run.trainer.optimizer = AdaptiveWarmup(base, run.model, every=100, probe_steps=20)
     run.trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.opt)
     handle = run.model.register_forward_pre_hook(lambda m, a, kw: batches.append(kw), with_kwargs=True)
     run.train()
@@ -149,7 +161,7 @@ def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, tmp_pa
     torch.manual_seed(0)
     truth = llama()
     last = batches[accumulation - 1]["input_ids"]
-    expected = sharpness(truth, lambda m, b: m(input_ids=b, labels=b).loss, last).eigenvalue
+    expected = sharpness(truth, lambda m, b: m(input_ids=b, labels=b).loss, last, tol=1e-2).eigenvalue
     assert run.rows[0]["sharpness"] == pytest.approx(expected, rel=0.05)
 
 

@@ -54,6 +54,8 @@ def options(
     probe_steps: Any,
     after: Any,
     max_warmup: Any,
+    control: Any,
+    seed: Any,
 ) -> None:
     """Raise unless AdaptiveWarmup's options make sense."""
     if not (_is_number(target) and 0 < target <= 1.5):
@@ -64,6 +66,10 @@ def options(
         raise ValueError(f"every must be 'auto' or a number of steps of at least 1, got {every!r}")
     if not (_is_number(budget) and 0 < budget <= 1):
         raise ValueError(f"budget must be in (0, 1], a share of the gradient evaluations of training, got {budget!r}")
+    if not isinstance(control, bool):
+        raise TypeError(f"control must be True or False, got {type(control).__name__}")
+    if not _is_integer(seed):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     _one_of("hvp", hvp, METHODS)
     _one_of("estimator", estimator, tuple(ESTIMATORS))
     if not (_is_integer(probe_steps) and probe_steps >= 1):

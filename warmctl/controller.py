@@ -5,10 +5,10 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
 
 * Down at once: a reading that puts the ratio above `target` cuts the scale to where the ratio meets it.
 * Up with the age of the run: after t steps the scale grows by ((t + 1) / t)^p a step, so it doubles when the run's
-  age has doubled, whatever the length of the run. Far below the limit p is the number of decades that are missing: the
+  age has doubled, whatever the length of the run. Far below the edge p is twice the number of decades to the target: the
   first ratios of an adaptive rule are too large by orders of magnitude, and fall within a few steps.
-* An end: warmup is over when the scale has been 1, or has not moved, while the run's age has grown by half. It is kept
-  then, so that the user's decay keeps its shape.
+* An end: warmup is over when the scale has reached no new high while the run's age has grown by half, and is not on its
+  way back from a cut. It is kept then, so that the user's decay keeps its shape.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ FLOOR = 1e-4
 """Smallest scale: a loop must not feed itself down to a standstill."""
 UNMEASURED = 1e-2
 """Scale before the first reading, and for good if no probe ever succeeds."""
-SETTLED_AGE, SETTLED_STEPS, SETTLED_READINGS, SETTLED_BAND = 1.5, 20, 2, 0.1
-"""Warmup ends once the run's age has grown by this factor, this many steps at least, with this many readings, while the
-scale stayed within the band."""
+SETTLED_AGE, SETTLED_STEPS, SETTLED_READINGS = 1.5, 20, 2
+"""Warmup ends when the run is so many times as old as at its highest scale, so many steps and readings later."""
+HIGHER, RECOVERED, PATIENCE = 1.1, 0.9, 4.0
+"""A new high is so much higher; the end waits for a scale cut since then to come back this far, up to this age."""
+DECADE_POWER = 2.0
+"""Power of the growth law for each decade that the stability ratio is below target."""
 RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
@@ -74,9 +77,9 @@ class ControllerState:
     share: float = 1.0
     age: float = 0.0
     readings: float = 0.0
-    settled_age: float = 0.0
-    settled_readings: float = 0.0
-    settled_scale: float = 0.0
+    highest: float = 0.0
+    highest_age: float = 0.0
+    highest_readings: float = 0.0
 
 
 class Controller:
@@ -124,13 +127,16 @@ class Controller:
             s.forecast, s.share = max(reading.ratio, 0.0) / rate, reading.share
         if math.isnan(s.forecast):
             return self._end(rate)
-        limit = min(1.0, self.target * s.share / max(s.forecast * rate, 1e-30))
-        return self._end(rate, self._move(limit, reading is not None))
+        carried = self.target * s.share / max(s.forecast * rate, 1e-30)
+        return self._end(rate, self._move(carried, reading is not None))
 
-    def _move(self, limit: float, probed: bool) -> str:
-        """Towards the limit: down at once, up with the age of the run. Guard only cuts, and only on a reading."""
+    def _move(self, carried: float, probed: bool) -> str:
+        """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
+
+        Guard only cuts, and only on a reading.
+        """
         s = self.state
-        before = s.scale
+        before, limit = s.scale, min(1.0, carried)
         if s.readings == 1 and probed:
             s.scale = max(limit, FLOOR)
             return f"started at scale {s.scale:.3g}"
@@ -138,7 +144,7 @@ class Controller:
             s.scale = max(limit, FLOOR)
             return f"cut from scale {before:.3g} to {s.scale:.3g}"
         if self.phase == "warmup" and limit > s.scale:
-            power = max(1.0, math.log10(limit / s.scale))
+            power = max(1.0, DECADE_POWER * math.log10(carried / s.scale))
             s.scale = min(limit, s.scale * (s.age / max(s.age - 1, 1.0)) ** power)
         return ""
 
@@ -156,10 +162,11 @@ class Controller:
         s = self.state
         if self.max_warmup is not None and s.age >= self.max_warmup:
             return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
-        if abs(s.scale - s.settled_scale) > SETTLED_BAND * s.settled_scale:
-            s.settled_scale, s.settled_age, s.settled_readings = s.scale, s.age, s.readings
-        calm = s.age >= max(SETTLED_AGE * s.settled_age, s.settled_age + SETTLED_STEPS)
-        if not calm or s.readings - s.settled_readings < SETTLED_READINGS:
+        if s.readings and (s.scale >= HIGHER * s.highest or s.scale >= 1.0 > s.highest):
+            s.highest, s.highest_age, s.highest_readings = s.scale, s.age, s.readings
+        old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + SETTLED_STEPS)
+        back = s.scale >= RECOVERED * s.highest or s.age >= PATIENCE * s.highest_age
+        if not (old and back and s.readings - s.highest_readings >= SETTLED_READINGS):
             return ""
         if s.scale >= 1.0:
             return "full rate, and the stability ratio stayed below target"

@@ -77,7 +77,7 @@ def sharpness(
 
 
 class _WeightedSum:
-    """Σ w_b H_b. A single graph is kept between products; those of several batches are built and freed in turn."""
+    """Σ w_b H_b. A single graph is kept between products; several are built and freed in turn."""
 
     def __init__(self, losses: list[tuple[Replay, float]], params: list[Tensor], method: str) -> None:
         self.losses, self.params, self.method = losses, params, method
@@ -116,7 +116,7 @@ def _is_several(batch: Any) -> bool:
 
 
 def _read(batches: Iterable[Any], random_state: RandomState) -> list[tuple[Any, float]]:
-    """The batches with their share of the rows. Iterating a loader draws random numbers: they are put back."""
+    """The batches with their share of the rows. Random numbers that a loader draws are put back."""
     generators = {
         id(g): g
         for owner in (batches, getattr(batches, "sampler", None))
@@ -139,7 +139,8 @@ def _rows(batch: Any) -> int:
     first = _first_tensor(batch)
     if first is None:
         raise ValueError(
-            f"a batch of several must hold a tensor, whose first dimension is its size; got {type(batch).__name__}"
+            "a batch of several must hold a tensor, whose first dimension is its size; "
+            f"got {type(batch).__name__}"
         )
     return first.shape[0]
 

@@ -81,7 +81,8 @@ def lanczos(
     first = _start_vector(operator, start, seed, noise)
     if first is None:
         return EigenResult(0.0, [torch.zeros_like(t) for t in operator.template], 0.0, 0, True)
-    basis, alphas, betas = [first], [], []
+    basis, alphas = [first], []
+    betas: list[float] = []
     while True:
         product = operator.matvec(basis[-1])
         alphas.append(operator.inner(basis[-1], product))

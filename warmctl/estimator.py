@@ -158,7 +158,7 @@ class SharpnessEstimator:
             result = _power_step(scaled, start)
         else:
             steps = 2 * self.steps if self.vector is None else self.steps
-        result = self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0)
+            result = self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0)
         if math.isfinite(result.eigenvalue):
             self.vector = result.eigenvector
         rate, threshold = self._reference()

@@ -82,6 +82,7 @@ class HessianOperator:
         self.inner = inner
         self.hvps, self.cost, self.fallback = 0, 0.0, ""
         self._graph: tuple[Tensor, ...] | None = None
+        self._size: float | None = None
         self._may_fall_back = method == "auto"
         self.method = self._cheapest() if method == "auto" else method
 
@@ -211,9 +212,12 @@ class HessianOperator:
         Three times that for the central difference, whose error is of second order.
         """
         length = math.sqrt(max(self.inner(vector, vector), 0.0))
-        size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
+        if self._size is None:  # the parameters do not move while the operator lives
+            self._size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
         precision = self.replay.precision / torch.finfo(torch.float32).eps
-        step = min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, size) * (3.0 if self.central else 1.0)
+        step = (
+            min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
+        )
         return step / length if math.isfinite(length) and length > 0.0 else 0.0
 
     def _gradient(self) -> Vector:
@@ -256,7 +260,7 @@ class HessianOperator:
                 return self.replay.bare_loss()
 
         def product(tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            _, tangent = torch.func.jvp(torch.func.grad(loss), (params,), (tangents,))
+            tangent: Any = torch.func.jvp(torch.func.grad(loss), (params,), (tangents,))[1]
             return tuple(
                 t if isinstance(t, Tensor) else torch.zeros_like(p)
                 for t, p in zip(tangent, params, strict=True)
@@ -305,7 +309,7 @@ class ScaledOperator:
 
 
 class Substitute(TorchFunctionMode):
-    """Runs code on other values of its parameters, wherever it got them from: a functional call without a module."""
+    """Runs code on other values of its parameters: a functional call without a module."""
 
     def __init__(self, params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
@@ -346,7 +350,7 @@ def _connected_gradient(
 
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
-    """Its recurrences have no forward derivative. (`torch.backends.mkldnn.flags` sets, and warns of, TF32 as well.)"""
+    """Its recurrences have no forward derivative. (`mkldnn.flags` sets, and warns of, TF32 as well.)"""
     mkldnn: Any = torch.backends.mkldnn
     before = mkldnn.enabled
     mkldnn.enabled = False

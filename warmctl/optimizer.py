@@ -78,7 +78,7 @@ class AdaptiveWarmup(Optimizer):
         seed: int = 0,
     ) -> None:
         checks.wrapped(optimizer, model)
-        checks.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup)
+        checks.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         self.base = optimizer
         self.model = model
         self.control, self.probe_steps, self.seed = control, probe_steps, seed
@@ -305,11 +305,12 @@ class AdaptiveWarmup(Optimizer):
             return
         loss, norm = self._signals(evaluation, params)
         due = self.cadence.due(loss, norm, self._probe_cost(), guarding=self.phase != "warmup")
-        found = None if math.isinf(norm) else self._measure(due, evaluation, params)
+        broken = self._broken(evaluation, loss, norm, params[0].device)
+        found = None if broken else self._measure(due, evaluation, params)
         if found is not None and self.rule is not None:
             found = self._account(found)
         reading = None if found is None else Reading(found.ratio, found.momentum_share, found.reason)
-        if reading is None and self._broken(evaluation, loss, norm):
+        if broken:
             reading = Reading(math.nan, reason="the loss or its gradient is not finite")
         was = self.phase
         decision = self.controller.update(rate, reading)
@@ -334,9 +335,9 @@ class AdaptiveWarmup(Optimizer):
             self._warn(found.reason)
         return found
 
-    def _broken(self, evaluation: Evaluation, loss: float, norm: float) -> bool:
-        """Whether the loss or the gradient is known not to be finite; nan is not known yet in an accelerator's first step."""
-        unknown = math.isnan(norm) and self.counts.steps == 1
+    def _broken(self, evaluation: Evaluation, loss: float, norm: float, device: torch.device) -> bool:
+        """Whether the loss or the gradient is not finite; in an accelerator's first step nan is not known yet."""
+        unknown = math.isnan(norm) and self.counts.steps == 1 and device.type != "cpu"
         return not unknown and not (math.isfinite(norm) and (evaluation.loss is None or math.isfinite(loss)))
 
     def _measure(self, due: str, evaluation: Evaluation, params: list[Tensor]) -> Measurement | None:
@@ -344,7 +345,7 @@ class AdaptiveWarmup(Optimizer):
         due = "" if evaluation.skipped else due
         if self.rule is None:
             found, self._reading = self._reading, None
-            if due:
+            if due and (found is None or self.cadence.every == 1):  # else `due` has not heard of this probe yet
                 if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
                     raise RuntimeError(NO_SOURCE)
                 self._update = self.prober.before_update(evaluation, params)

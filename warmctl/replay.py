@@ -132,7 +132,7 @@ class _DenseEmbedding(TorchFunctionMode):
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Kernels that have a second derivative: math attention, uncompiled modules, dense embeddings, no cuDNN recurrences."""
+    """Twice differentiable kernels: math attention, eager modules, dense embeddings, no cuDNN recurrence."""
     with ExitStack() as stack:
         stack.enter_context(_DenseEmbedding())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -236,13 +236,13 @@ class Replay:
         return _as_float(loss), total
 
     def loss(self) -> Tensor:
-        """The loss with its graph still alive, evaluated with twice differentiable kernels. Cost: one forward pass."""
+        """The loss with its graph alive, by twice differentiable kernels. Cost: one forward pass."""
         with self.untouched():
             return self.bare_loss()
 
     @_with_grads_if_needed
     def bare_loss(self) -> Tensor:
-        """`loss` without putting anything back, for use inside `untouched` and inside torch.func transforms."""
+        """`loss` without putting anything back: for use inside `untouched`, and in torch.func transforms."""
         parts: list[Tensor] = []
 
         def keep(
@@ -312,7 +312,7 @@ class Replay:
             torch.clear_autocast_cache()
 
     def _inspect(self, tensors: Any) -> None:
-        """Note, once, the precision of the forward pass and the leaves beside `params` that a backward pass writes to."""
+        """Note, once, the precision of the forward pass and what other leaves backward writes to."""
         if self._bystanders is not None:
             return
         known = {id(p) for p in self.params}
@@ -364,7 +364,7 @@ def check_loss(loss: Any) -> None:
 
 
 def check_graph(loss: Tensor) -> None:
-    """Raise RuntimeError where the graph hides parameters, which would pass for parameters that are not used."""
+    """Raise RuntimeError where the graph hides parameters, which would pass for unused ones."""
     if any("CheckpointFunction" in node.name() for node in _graph_nodes([loss])):
         raise RuntimeError("reentrant checkpointing hides parameters from the graph: set use_reentrant=False")
 

@@ -7,7 +7,9 @@ from typing import Any
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
-    raise ImportError("warmctl.integrations.transformers needs transformers: pip install 'warmctl[transformers]'") from error
+    raise ImportError(
+        "warmctl.integrations.transformers needs transformers: pip install 'warmctl[transformers]'"
+    ) from error
 
 from warmctl.integrations import scalars
 
@@ -15,7 +17,9 @@ from warmctl.integrations import scalars
 class WarmupLogger(TrainerCallback):  # type: ignore[misc]
     """Adds the wrapper's metrics to what the Trainer logs, as "warmup/scale" and so on. Use `log_warmup(trainer)`."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         if logs is not None and "loss" in logs:  # not those of an evaluation
             found = scalars(kwargs["optimizer"])
             logs.update(found)

@@ -1,0 +1,112 @@
+"""When probes are made: budget, gaps, events."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from warmctl.cadence import BURST, GAP_MOST, Cadence
+
+
+def run(
+    cadence: Cadence, steps: int, cost: float = 2.0, closeness: float = 1.0, norm: float = 1.0, guarding: bool = False
+) -> list[int]:
+    """The steps at which probes were made."""
+    probes = []
+    for step in range(1, steps + 1):
+        if cadence.due(1.0, norm, cost, guarding):
+            probes.append(step)
+            cadence.probed(cost, closeness)
+    return probes
+
+
+def test_first_step_probes_whatever_it_costs() -> None:
+    assert run(Cadence(), 1, cost=10 * BURST) == [1]
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_fixed_cadence(every: int) -> None:
+    assert run(Cadence(every=every), 200) == list(range(1, 201, every))
+
+
+@given(cost=st.floats(0.5, 10), budget=st.floats(0.005, 0.3), seed=st.integers(0, 1000), closeness=st.floats(0.01, 2))
+@settings(max_examples=60, deadline=None)
+def test_auto_never_spends_more_than_burst_and_budget(cost: float, budget: float, seed: int, closeness: float) -> None:
+    """Whatever the loss and the gradient norm do: token bucket, after the first probe."""
+    cadence, draw, spent = Cadence(budget=budget), random.Random(seed), 0.0
+    for step in range(1, 1500):
+        if cadence.due(draw.expovariate(1), draw.expovariate(1), cost, guarding=False):
+            cadence.probed(cost, closeness)
+            spent += cost
+        assert spent <= max(BURST + budget * step, cost)
+
+
+def test_guarding_costs_a_fifth() -> None:
+    cadence = Cadence(budget=0.05)
+    run(cadence, 2000, norm=1.0)
+    cadence.state.tokens = 0.0
+    draw, probes = random.Random(0), 0
+    for _ in range(10_000):
+        if cadence.due(1.0, draw.expovariate(1), 2.0, guarding=True):
+            cadence.probed(2.0, 1.0)
+            probes += 1
+    assert 0 < probes * 2.0 <= 0.2 * 0.05 * 10_000 + 2.0
+
+
+def test_gaps_grow_with_age_and_with_distance_from_the_edge() -> None:
+    near, far = run(Cadence(budget=0.5), 300, closeness=1.0), run(Cadence(budget=0.5), 300, closeness=0.05)
+    assert len(near) > 1.5 * len(far)
+    gaps = [b - a for a, b in zip(near, near[1:], strict=False)]
+    assert gaps[0] == 1 and max(gaps) <= GAP_MOST and gaps == sorted(gaps)
+
+
+@pytest.mark.parametrize("signal", ["gradient norm", "loss"])
+def test_an_event_calls_for_a_probe_at_once(signal: str) -> None:
+    cadence, draw = Cadence(budget=0.5), random.Random(0)
+    for step in range(1, 200):
+        loss, norm = 1.0 + 0.02 * draw.gauss(0, 1), math.exp(0.05 * draw.gauss(0, 1))
+        if cadence.due(loss, norm, 2.0, False):
+            cadence.probed(2.0, 0.05)
+        if step > 100 and cadence.state.age == cadence.state.last_probe + 1:
+            break
+    loss, norm = (3.0, 1.0) if signal == "loss" else (1.0, 5.0)
+    assert cadence.due(loss, norm, 2.0, False) == signal
+
+
+def test_ordinary_noise_is_no_event() -> None:
+    cadence, draw = Cadence(budget=0.0001), random.Random(1)
+    run(cadence, 1)
+    cadence.state.tokens = BURST
+    events = sum(
+        cadence._event(2.0 + 0.05 * draw.gauss(0, 1), math.exp(0.1 * draw.gauss(0, 1))) != "" for _ in range(3000)
+    )
+    assert events < 30
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_bad_signals_leave_the_averages_alone(bad: float) -> None:
+    cadence = Cadence()
+    run(cadence, 20)
+    before = cadence.state_values()
+    assert cadence._event(bad if bad else math.nan, bad) == ""
+    assert cadence.state_values() == before
+
+
+def test_state_round_trip() -> None:
+    one = Cadence()
+    run(one, 100)
+    two = Cadence()
+    two.load_state_values(one.state_values())
+    assert run(one, 100) == run(two, 100)
+
+
+def test_restart_probes_at_once_and_keeps_the_budget() -> None:
+    cadence = Cadence()
+    run(cadence, 300)
+    tokens = cadence.state.tokens
+    cadence.restart()
+    assert cadence.state.tokens == tokens
+    assert cadence.due(1.0, 1.0, 2.0, False) == "first"

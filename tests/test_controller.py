@@ -1,0 +1,207 @@
+"""The control law, simulated on synthetic curvature curves: no model, no tensors."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from warmctl.cadence import Cadence
+from warmctl.controller import FLOOR, UNMEASURED, Controller, Decision, Reading
+
+Curve = Callable[[int], float]
+STEPS = 600
+
+CURVES: dict[str, Curve] = {
+    "falling": lambda t: 100 * math.exp(-t / 60) + 0.1,
+    "adaptive start": lambda t: 3000 / t**2 + 0.3,
+    "sharpening": lambda t: 0.05 * 1.01**t,
+    "flat below": lambda t: 0.2,
+    "flat above": lambda t: 5.0,
+    "jumps": lambda t: 0.3 if (t // 97) % 2 == 0 else 6.0,
+    "negative": lambda t: -1.0,
+}
+
+
+def simulate(
+    curve: Curve,
+    controller: Controller,
+    every: int | str = 1,
+    noise: Callable[[int], float] = lambda t: 1.0,
+    steps: int = STEPS,
+) -> list[tuple[float, bool, Decision]]:
+    """(true ratio at full rate, whether probed, decision) for each step, with a gradient norm that shows the curvature."""
+    cadence = Cadence(every=every)
+    record = []
+    for t in range(1, steps + 1):
+        true = curve(t)
+        norm = math.sqrt(max(true, 0.01)) if math.isfinite(true) else math.nan
+        probed = bool(cadence.due(math.nan, norm, 2.0, controller.phase != "warmup"))
+        decision = controller.update(1.0, Reading(true * noise(t)) if probed else None)
+        if probed:
+            cadence.probed(2.0, decision.closeness)
+        record.append((true, probed, decision))
+    return record
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_ratio_is_within_target_at_every_probe(name: str) -> None:
+    for true, probed, decision in simulate(CURVES[name], Controller(target=0.5)):
+        assert probed
+        assert decision.scale * true <= 0.5 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("every", [5, 20, "auto"])
+@pytest.mark.parametrize("name", CURVES)
+def test_ratio_exceeds_target_for_one_probe_at_most(name: str, every: int | str) -> None:
+    """Between two probes curvature may run ahead; at the next one the ratio is back at target."""
+    for true, probed, decision in simulate(CURVES[name], Controller(target=0.5), every):
+        if probed:
+            assert decision.scale * true <= 0.5 * (1 + 1e-9)
+
+
+@given(seed=st.integers(0, 10_000), name=st.sampled_from(sorted(CURVES)))
+@settings(max_examples=40, deadline=None)
+def test_warmup_always_ends(seed: int, name: str) -> None:
+    """Whatever the curvature does, with readings a factor √10 off to either side."""
+    draw = random.Random(seed)
+    record = simulate(CURVES[name], Controller(), "auto", lambda t: 10 ** draw.uniform(-0.5, 0.5), steps=4000)
+    assert record[-1][2].phase == "guard"
+
+
+@pytest.mark.parametrize("after", ["guard", "hold", "release"])
+@pytest.mark.parametrize("name", ["falling", "adaptive start", "flat below", "flat above", "negative"])
+def test_warmup_ends_where_curvature_settles(name: str, after: str) -> None:
+    record = simulate(CURVES[name], Controller(after=after), steps=2000)
+    ends = [d for _, _, d in record if d.reason.startswith("warmup ended")]
+    assert len(ends) == 1
+    assert record[-1][2].phase == ("guard" if after == "guard" else "done")
+    carried = min(1.0, 0.5 / max(CURVES[name](2000), 1e-9))
+    scale = record[-1][2].scale
+    assert scale == pytest.approx(1.0) if after == "release" else 0.85 * carried <= scale <= carried * (1 + 1e-9)
+
+
+def test_max_warmup_ends_it_in_any_case() -> None:
+    controller = Controller(max_warmup=40)
+    record = simulate(CURVES["adaptive start"], controller)
+    assert [d.phase for _, _, d in record].index("guard") == 39
+    assert "max_warmup of 40 steps" in record[39][2].reason
+
+
+def test_full_rate_at_once_where_the_landscape_carries_it() -> None:
+    assert Controller().update(0.1, Reading(0.2)).scale == 1.0
+
+
+def test_growth_doubles_with_the_age_of_the_run() -> None:
+    controller = Controller()
+    for _ in range(15):
+        young = controller.update(1.0, Reading(50.0))
+    for _ in range(15):
+        old = controller.update(1.0, Reading(20.0))
+    assert old.scale == pytest.approx(2 * young.scale)
+
+
+def test_far_below_the_limit_growth_makes_up_for_the_missing_decades() -> None:
+    one, two = Controller(), Controller()
+    for controller, later in ((one, 2e3), (two, 5.0)):
+        controller.update(1.0, Reading(5e3))
+        controller.update(1.0, Reading(later))
+    assert one.state.scale == pytest.approx(2e-4)
+    assert two.state.scale == pytest.approx(1e-4 * 2 ** (2 * 3))
+
+
+def test_the_schedule_scales_the_forecast() -> None:
+    """Between probes the ratio follows the scheduled rate: a decaying schedule frees the scale."""
+    controller = Controller()
+    assert controller.update(1.0, Reading(1.0)).scale == pytest.approx(0.5)
+    for _ in range(20):
+        decision = controller.update(0.25)
+    assert decision.scale == pytest.approx(1.0)
+    assert decision.ratio == pytest.approx(0.25)
+
+
+def test_momentum_that_is_still_filling_lowers_the_limit() -> None:
+    assert Controller().update(1.0, Reading(1.0, share=0.1)).scale == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_failed_probe_never_raises_the_scale(bad: float) -> None:
+    controller = Controller()
+    before = controller.update(1.0, Reading(2.0)).scale
+    decision = controller.update(1.0, Reading(bad, reason="out of memory"))
+    assert decision.scale == before
+    assert "out of memory" in decision.reason
+
+
+def test_without_any_reading_the_scale_is_held_low_and_warmup_goes_on() -> None:
+    controller = Controller()
+    for _ in range(STEPS):
+        decision = controller.update(1.0, Reading(math.nan, reason="no"))
+    assert (decision.scale, decision.phase) == (UNMEASURED, "warmup")
+    assert math.isnan(decision.ratio)
+
+
+def test_guard_only_cuts() -> None:
+    controller = Controller()
+    while controller.phase == "warmup":
+        controller.update(1.0, Reading(1.0))
+    assert controller.update(1.0, Reading(4.0)).scale == pytest.approx(0.125)
+    for _ in range(50):
+        decision = controller.update(1.0, Reading(0.01))
+    assert decision.scale == pytest.approx(0.125)
+
+
+@given(seed=st.integers(0, 10_000), level=st.floats(0.1, 20.0))
+@settings(max_examples=60, deadline=None)
+def test_noise_of_a_decade_does_not_drive_the_scale_to_the_floor(seed: int, level: float) -> None:
+    """Readings a factor √10 to either side: the scale stays within that factor of what the worst of them allows."""
+    draw = random.Random(seed)
+    record = simulate(lambda t: level, Controller(), "auto", lambda t: 10 ** draw.uniform(-0.5, 0.5))
+    scales = [d.scale for _, _, d in record[1:]]
+    assert min(scales) >= min(1.0, 0.5 / (level * 10**0.5)) * (1 - 1e-9) > FLOOR
+
+
+@given(ratios=st.lists(st.floats(0.001, 1e5), min_size=1, max_size=80), target=st.floats(0.1, 1.5))
+@settings(max_examples=80, deadline=None)
+def test_any_sequence_of_readings_keeps_the_scale_in_bounds(ratios: list[float], target: float) -> None:
+    controller = Controller(target=target)
+    for ratio in ratios:
+        decision = controller.update(0.1, Reading(ratio))
+        assert FLOOR <= decision.scale <= 1.0
+        assert decision.ratio <= target * (1 + 1e-9) or decision.scale == FLOOR
+
+
+def test_state_round_trip_continues_identically() -> None:
+    one = Controller()
+    draw = random.Random(0)
+    readings = [Reading(draw.uniform(0.1, 9)) if draw.random() < 0.4 else None for _ in range(200)]
+    for reading in readings[:50]:
+        one.update(1.0, reading)
+    two = Controller()
+    two.load_state_values(one.state_values())
+    assert [one.update(1.0, r) for r in readings[50:]] == [two.update(1.0, r) for r in readings[50:]]
+
+
+def test_restart_begins_again() -> None:
+    controller = Controller(max_warmup=1)
+    controller.update(1.0, Reading(1.0))
+    assert controller.phase == "guard"
+    controller.restart()
+    assert controller.phase == "warmup"
+    assert controller.update(1.0, Reading(5.0)).scale == pytest.approx(0.1)
+
+
+def test_controller_and_cadence_import_no_torch() -> None:
+    code = (
+        "import sys, importlib.util as u\n"
+        "for name in ('controller', 'cadence'):\n"
+        "    spec = u.spec_from_file_location(name, f'warmctl/{name}.py'); module = u.module_from_spec(spec)\n"
+        "    sys.modules[name] = module; spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
