@@ -28,7 +28,7 @@ clean:
 
 # .venv/.EXTRA: the environment with that extra in it.
 $(VENV)/.%: pyproject.toml constraints.txt | $(RUN)
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[$*]"
+	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e ".[$*]"
 	touch $@
 
 $(RUN):

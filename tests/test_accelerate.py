@@ -17,9 +17,9 @@ from warmctl import AdaptiveWarmup, sharpness
 
 accelerate = pytest.importorskip("accelerate")
 
-from accelerate import Accelerator  # noqa: E402
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate import Accelerator  # type: ignore[import-untyped]  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-untyped]  # noqa: E402
 
 Rows = list[dict[str, Any]]
 BATCH, MICRO_BATCHES = 8, 6

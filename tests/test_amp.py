@@ -1,4 +1,4 @@
-"""Mixed precision on CPU: gradient scalers and skipped steps, fused optimizers, autocast, bfloat16 weights."""
+"""Mixed precision on CPU: gradient scalers and skipped steps, fused optimizers, autocast, bfloat16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Batch, assert_same, batch_of, everything, loss_fn, mlp, train
-from torch import Tensor, nn
+from torch import nn
 
 from warmctl import AdaptiveWarmup
 
@@ -31,27 +31,30 @@ class LossModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = mlp()
+        self.autocast: set[bool] = set()
         self.register_buffer("forwards", torch.zeros(()))
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Any]:
         self.forwards.add_(1)  # type: ignore[operator]
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
         return {"loss": loss_fn(self.net, batch)}
 
 
 def scaled_run(optimizer: str, clip: bool, wrap: bool, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
     model = LossModel()
-    opt: Any = {
-        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        "fused": lambda: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
-    }[optimizer]()
+    opt: Any
+    if optimizer == "sgd":
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    else:
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     if wrap:
         opt = AdaptiveWarmup(opt, model, every=1, **options)
     scaler = torch.amp.GradScaler("cpu", growth_interval=3)
     rows = []
     for step in range(8):
         opt.zero_grad()
-        loss = model(batch_of(step))["loss"]
-        scaler.scale(loss * (math.inf if step in SKIPPED else 1.0)).backward()
+        loss: Any = model(batch_of(step))["loss"] * (math.inf if step in SKIPPED else 1.0)
+        scaler.scale(loss).backward()
         if clip:
             scaler.unscale_(opt)
             nn.utils.clip_grad_norm_(model.parameters(), 0.05)
@@ -143,7 +146,7 @@ def test_autocast_reaches_the_probe_and_leaves_no_trace(loop: Callable[..., None
         for step in range(4):
             loop(opt, model, batch_of(step))
             trace.append(everything(model, opt))
-        assert not torch.is_autocast_enabled("cpu")
+        assert model.autocast == {True} and not torch.is_autocast_enabled("cpu")
         return trace, opt
 
     found, expected = run(True), run(False)

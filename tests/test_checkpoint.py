@@ -108,7 +108,7 @@ def test_resuming_is_bit_for_bit(form: str, phase: str, optimizer_class: Any, tm
     assert fresh[1].metrics["probes"] > 0
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5, 6])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_resuming_a_loop_without_closures_is_bit_for_bit(stop: int, tmp_path: Path) -> None:
     """A probe on the live graph is asked for at one step and made at the next."""
     unbroken, fresh = (build(torch.optim.SGD, seed=seed, every=3) for seed in (0, 1))

@@ -1,4 +1,4 @@
-"""Real processes: torchrun starts two ranks of distributed_worker.py once, over gloo; each test reads one check."""
+"""Real processes: torchrun starts two ranks of distributed_worker.py once; each test reads one check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measured stability ratio against the dense D^½ (H + c) D^½ in float64; what a probe costs and what it keeps."""
+"""The measured stability ratio against the dense matrix in float64; what a probe costs and keeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def exact_scaling(opt: torch.optim.Optimizer, params: list[Tensor], gradient: list[Tensor]) -> np.ndarray:
-    """D = η / (τ P) of the coming step from the textbook, for SGD and the Adam family; shares no code with the package."""
+    """D = η / (τ P) of the coming step, for SGD and the Adam family; shares no code with the package."""
     parts = []
     for group in opt.param_groups:
         for p in group["params"]:
@@ -76,7 +76,7 @@ def exact_ratio(opt: torch.optim.Optimizer, model: nn.Module, loss: Loss, batch:
 
 def measured(opt: AdaptiveWarmup) -> float:
     assert opt.last is not None and not opt.last.reason, opt.last
-    return opt.last.ratio / opt.last.momentum_share  # of the very step; `ratio` is for momentum that has filled up
+    return opt.last.ratio / opt.last.momentum_share  # of this very step
 
 
 def monitor(base: torch.optim.Optimizer, model: nn.Module, steps: int, **options: Any) -> AdaptiveWarmup:
@@ -225,7 +225,9 @@ def test_sparse_gradients() -> None:
     assert model.embedding.weight.grad is not None and model.embedding.weight.grad.is_sparse
 
 
-@pytest.mark.parametrize("estimator, steps, probes", [("lanczos", 1, 60), ("lanczos", 2, 12), ("power", 1, 60)])
+@pytest.mark.parametrize(
+    "estimator, steps, probes", [("lanczos", 1, 60), ("lanczos", 2, 12), ("power", 1, 60)]
+)
 def test_warm_start_converges_on_a_fixed_batch(estimator: str, steps: int, probes: int) -> None:
     model = mlp().double()
     base = torch.optim.SGD(model.parameters(), 1e-9)
@@ -241,7 +243,7 @@ def test_warm_start_converges_on_a_fixed_batch(estimator: str, steps: int, probe
     assert found[-1] > found[0]
 
 
-# Cost: two products a probe, four in the first ---------------------------------------------------------------------------------------------------------
+# Cost: two products a probe, four in the first -------------------------------------------------------------
 
 
 class CountedModel(nn.Module):
@@ -261,10 +263,10 @@ class OwnLoss(CountedModel):
         return {"loss": F.mse_loss(super().forward(x), y)}
 
 
-def probe_costs(opt: AdaptiveWarmup, model: CountedModel, step: Callable[[Any], None], steps: int = 3) -> list[float]:
+def probe_costs(opt: AdaptiveWarmup, model: CountedModel, step: Callable[[Any], None]) -> list[float]:
     """Gradient evaluations spent on the probe of each step, by the metrics; they are those really made."""
     costs, before = [], 0.0
-    for index in range(steps):
+    for index in range(3):
         model.gradients = 0
         step(batch_of(index))
         total = opt.metrics["overhead"] * (index + 1)
@@ -352,11 +354,11 @@ def test_a_failed_probe_is_paid_for() -> None:
     assert opt.metrics["overhead"] == 2
 
 
-# Memory -------------------------------------------------------------------------------------------------------
+# Memory ----------------------------------------------------------------------------------------------------
 
 
 class LargeTensors(TorchDispatchMode):
-    """The largest number of tensors of at least `size` elements alive at once, of those made while it is on."""
+    """The largest number of tensors of at least `size` elements alive at once, of those made inside."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -366,7 +368,8 @@ class LargeTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.made += [weakref.ref(t) for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel() >= self.size]
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.made += [weakref.ref(t) for t in tensors if t.numel() >= self.size]
         self.peak = max(self.peak, self.alive())
         return out
 
@@ -402,7 +405,7 @@ def peak_of_a_step(opt: torch.optim.Optimizer, model: nn.Module, clipped: bool) 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("clipped", [False, True])
 def test_memory_of_a_probe(make: Any, steps: int, clipped: bool) -> None:
-    """At most `probe_steps` + 3 parameter-sized vectors beyond training; the model has two tensors of such sizes."""
+    """At most `probe_steps` + 3 parameter-sized vectors beyond training; one is two large tensors here."""
     plain, model = one_large_matrix(), one_large_matrix()
     bare = peak_of_a_step(make(plain.parameters(), 0.1), plain, clipped)
     opt = monitor(make(model.parameters(), 0.1), model, steps, hvp="finite_difference")

@@ -16,7 +16,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from warmctl import AdaptiveWarmup
 
-torch.backends.__allow_nonbracketed_mutation_flag = True  # torch.testing has frozen all switches
+# torch.testing has frozen the global switches of all backends, for every test of this process.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 REFUSED: set[Any] = {torch.optim.LBFGS, torch.optim.SparseAdam}
 """LBFGS by the wrapper; SparseAdam refuses dense gradients, see below."""
@@ -26,7 +27,7 @@ NO_RULE: set[Any] = {torch.optim.Adafactor, torch.optim.Muon, torch.optim.Rprop}
 def dense_configurations(without: Set[Any] = REFUSED) -> list[Any]:
     """Every optimizer of torch with every one of the settings that torch's own tests give it."""
     return [
-        pytest.param(info.optim_cls, example.kwargs, id=f"{info.optim_cls.__name__}-{example.desc}")
+        pytest.param(info.optim_cls, example.kwargs, id=f"{info.name}-{example.desc}")
         for info in optim_db
         if info.optim_cls not in without
         for example in info.optim_inputs_func(device="cpu")
@@ -156,6 +157,7 @@ def by_capture(opt: Any, model: nn.Module, batch: Batch) -> None:
 def by_observe(opt: Any, model: nn.Module, batch: Batch) -> None:
     if isinstance(opt, AdaptiveWarmup):
         opt.observe(batch)
+    torch.rand(3), np.random.rand(), random.random()  # drawn in between: the probe's draws end elsewhere
     opt.zero_grad()
     (model(batch)["loss"] + 0).backward()
     opt.step()

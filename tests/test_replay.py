@@ -385,7 +385,9 @@ def test_an_outer_autocast_neither_hides_the_step_nor_keeps_it() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = problem.model(x)
         replay = Replay.of_loss(lambda: F.cross_entropy(problem.model(x).float(), y), problem.params)
-        operator = HessianOperator(replay, problem.params, "finite_difference")
+        gradient = replay.gradient()[1]
+        problem.model(x)  # casts, and keeps, the parameters where they are
+        operator = HessianOperator(replay, problem.params, "finite_difference", gradient=gradient)
         product = operator.matvec(vector)
         assert any(p.any() for p in product)
         assert torch.equal(problem.model(x), before)

@@ -56,7 +56,9 @@ def sharpness_of(opt: AdaptiveWarmup) -> float:
 
 
 def dense(model: nn.Module, batch: Any = None, loss: Any = loss_fn) -> float:
-    return float(np.linalg.eigvalsh(dense_hessian(model, loss, batch_of(0) if batch is None else batch)).max())
+    return float(
+        np.linalg.eigvalsh(dense_hessian(model, loss, batch_of(0) if batch is None else batch)).max()
+    )
 
 
 def loss_of(output: Any) -> Tensor:
@@ -65,7 +67,7 @@ def loss_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else getattr(output, "loss", None) or output[1]
 
 
-# The four sources ---------------------------------------------------------------------------------------------
+# The four sources ------------------------------------------------------------------------------------------
 
 
 def test_closure() -> None:
@@ -130,7 +132,7 @@ def test_the_sources_leave_the_same_trajectory() -> None:
     assert all(torch.equal(end, ends[0]) for end in ends[1:])
 
 
-# Precedence ---------------------------------------------------------------------------------------------------
+# Precedence ------------------------------------------------------------------------------------------------
 
 
 def test_closure_comes_before_an_observed_batch() -> None:
@@ -173,7 +175,7 @@ def test_a_batch_is_observed_for_one_step_only() -> None:
         opt.step()
 
 
-# What the loop does with the model's loss ---------------------------------------------------------------------
+# What the loop does with the model's loss ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25, 7.0, 2.0**16])
@@ -242,7 +244,7 @@ def test_evaluation_forwards_are_not_the_training_loss() -> None:
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-3)
 
 
-# Gradient accumulation ----------------------------------------------------------------------------------------
+# Gradient accumulation -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["mean", "sum"])
@@ -312,7 +314,7 @@ def test_closure_that_adds_to_earlier_micro_batches(mode: str) -> None:
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("where", ["inside the closure", "replaced inside the closure", "between backward and step"])
+@pytest.mark.parametrize("where", ["inside the closure", "replaced inside the closure", "after backward"])
 def test_clipping_does_not_change_the_sharpness(where: str) -> None:
     model = Returns(FORMS["dict"])
     expected = dense(model.body)
@@ -337,7 +339,7 @@ def test_clipping_does_not_change_the_sharpness(where: str) -> None:
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
 
 
-# Closures that cannot be repeated -----------------------------------------------------------------------------
+# Closures that cannot be repeated --------------------------------------------------------------------------
 
 
 def drawing(kind: str, opt: AdaptiveWarmup, model: nn.Module) -> Callable[[], Tensor]:
@@ -346,7 +348,11 @@ def drawing(kind: str, opt: AdaptiveWarmup, model: nn.Module) -> Callable[[], Te
 
     def closure() -> Tensor:
         drift[0] *= 1.5
-        factor = {"data iterator": 1.0, "generator of its own": float(own.normal()) + 3, "drifting state": drift[0]}[kind]
+        factor = {
+            "data iterator": 1.0,
+            "generator of its own": float(own.normal()) + 3,
+            "drifting state": drift[0],
+        }[kind]
         batch = batch_of(next(data) if kind == "data iterator" else 0)
         opt.zero_grad()
         loss = factor * loss_fn(model, batch)
@@ -414,7 +420,9 @@ def test_the_global_random_streams_are_repeated(stream: str) -> None:
     opt = monitor(model)
 
     def closure() -> Tensor:
-        draw = {"torch": lambda: float(torch.rand(())), "numpy": np.random.rand, "python": random.random}[stream]()
+        draw = {"torch": lambda: float(torch.rand(())), "numpy": np.random.rand, "python": random.random}[
+            stream
+        ]()
         opt.zero_grad()
         loss = (1 + draw) * loss_fn(model, batch_of(0))
         loss.backward()
@@ -454,7 +462,7 @@ def test_backward_of_the_wrapper_inside_a_closure() -> None:
     assert opt.metrics["overhead"] == 51  # and the check
 
 
-# Rules that are not known -------------------------------------------------------------------------------------
+# Rules that are not known ----------------------------------------------------------------------------------
 
 
 class Lion(torch.optim.Optimizer):

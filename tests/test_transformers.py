@@ -1,7 +1,7 @@
 """Real Hugging Face Trainer on the CPU, with models built from a config: nothing is downloaded.
 
-The Trainer overwrites nothing and is told nothing: the wrapper comes in by `optimizers=`, the loss is captured from
-the model, and a step is what the Trainer calls one after accumulation and clipping.
+The Trainer is told nothing: the wrapper comes in by `optimizers=`, the loss is captured from the
+model, and a step is what the Trainer calls one after accumulation and clipping.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Run:
             model=self.model,
             args=TrainingArguments(**{**settings, **arguments}),
             train_dataset=data(),
-            optimizers=(self.opt, schedule),
+            optimizers=(self.opt, schedule),  # type: ignore[arg-type]
         )
 
     def train(self, **options: Any) -> Run:
@@ -142,7 +142,7 @@ def test_monitor_leaves_no_trace(model: str, accumulation: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, tmp_path: Path) -> None:
-    """Here the model itself divides by the items of all micro-batches; the wrapper must not take that for the loss."""
+    """The model divides by the items of all micro-batches: its loss is not the whole loss."""
     batches: list[dict[str, Any]] = []
     run = Run(
         "llama",
@@ -154,7 +154,7 @@ def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, tmp_pa
     )
     base = torch.optim.SGD(run.model.parameters(), lr=1e-6)
     run.opt = run.trainer.optimizer = AdaptiveWarmup(base, run.model, every=100, probe_steps=20)
-    run.trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(run.opt)
+    run.trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(run.opt, lambda step: 1.0)
     handle = run.model.register_forward_pre_hook(lambda m, a, kw: batches.append(kw), with_kwargs=True)
     run.train()
     handle.remove()

@@ -1,7 +1,7 @@
 """Training scripts as their authors wrote them: wrapping the optimizer is the only line that differs.
 
-`nanogpt` follows karpathy/nanoGPT's train.py: the model returns (logits, loss), the rate is written into the groups at
-every iteration, micro-batches are averaged by hand, and the step goes through a GradScaler.
+`nanogpt` follows karpathy/nanoGPT's train.py: the model returns (logits, loss), the rate is written into the
+groups at every iteration, micro-batches are averaged by hand, and the step goes through a GradScaler.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Block(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.c_proj(y.transpose(1, 2).reshape(rows, length, width))
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -95,7 +96,7 @@ def nanogpt(
     @torch.no_grad()
     def estimate_loss() -> float:
         model.eval()
-        losses = [model(*get_batch())[1].item() for _ in range(2)]
+        losses: list[float] = [model(*get_batch())[1].item() for _ in range(2)]
         model.train()
         return sum(losses) / 2
 
@@ -163,7 +164,7 @@ def test_nanogpt_controlled() -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_nanogpt_measures_the_loss_it_trains_on(accumulation: int) -> None:
-    """λ of the first probe is that of the last micro-batch, whole: not divided by the number of micro-batches."""
+    """λ of the first probe is that of the last micro-batch, not divided by their number."""
     batches: list[tuple[Tensor, Tensor]] = []
 
     class Recorded(torch.optim.SGD):
@@ -233,7 +234,7 @@ def test_tutorial_loop_monitored_is_bitwise_the_bare_run(clip: float) -> None:
 
 
 def test_a_small_penalty_beside_the_models_loss_does_not_spoil_the_difference() -> None:
-    """The gradient at hand is then not that of the captured loss: a finite difference from it would be far off."""
+    """`.grad` is then not the gradient of the captured loss: a finite difference from it is far off."""
     _, opt = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=1), penalty=1e-3)
     _, reference = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=1), penalty=1e-9)
     found, expected = (next(iter(list(o.history)[1:]))["sharpness"] for o in (opt, reference))

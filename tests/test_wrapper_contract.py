@@ -295,7 +295,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_a_copy_goes_on_as_the_original_does(copied: str, optimizer_class: Any, scheduled: bool) -> None:
-    model: Any = mlp() if optimizer_class is not torch.optim.Muon else nn.Sequential(nn.Linear(6, 3, bias=False))
+    model: Any = nn.Sequential(nn.Linear(6, 3, bias=False)) if optimizer_class is torch.optim.Muon else mlp()
     model, opt = wrapped(1.0, optimizer_class, model)
     if scheduled:  # a scheduler replaces `step` on the instance
         schedulers.StepLR(opt, 100)

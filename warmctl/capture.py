@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from warmctl.replay import RandomState
 from warmctl.vectors import local
 
-
 SCALED = 4096.0
 """A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
 

@@ -43,7 +43,7 @@ def average_(vector: Vector) -> None:
 
 
 def averager(params: Sequence[Tensor]) -> Callable[[Vector], None] | None:
-    """What averages a gradient over ranks; None where the parameters are sharded: those gradients are averages already."""
+    """What averages a gradient over ranks; None for sharded parameters, whose gradients are averages already."""
     return None if is_sharded(params) else average_
 
 

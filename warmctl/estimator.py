@@ -143,9 +143,9 @@ class SharpnessEstimator:
                 return "finite_difference", cheap.cost + exact.cost
             size = math.sqrt(inner(truth, truth))
             add_(product, truth, -1.0)
-            error = math.sqrt(inner(product, product)) / max(size, 1e-30)
-        method = "finite_difference" if error <= AGREEMENT or size == 0.0 else "double_backward"
-        log.info("hvp: %s; a finite difference is within %.2g of the exact product", method, error)
+            gap = math.sqrt(inner(product, product)) / max(size, 1e-30)
+        method = "finite_difference" if gap <= AGREEMENT or size == 0.0 else "double_backward"
+        log.info("hvp: %s; a finite difference is within %.2g of the exact product", method, gap)
         return method, cheap.cost + exact.cost
 
     def measure_on(self, operator: HessianOperator, seed: int) -> Measurement:
@@ -184,6 +184,7 @@ class SharpnessEstimator:
 
     def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:
         """D^½ (zero where the coming step moves nothing), coupled weight decay per tensor, and the sign of H."""
+        assert self.rule is not None
         known = {id(p): i for i, p in enumerate(params)}
         root = [torch.zeros_like(t) for t in locals_of(params)]
         shift = [0.0] * len(params)
@@ -225,6 +226,7 @@ class SharpnessEstimator:
 
     def _reference(self) -> tuple[float, float]:
         """Rate and threshold of the first group with a rate above 0."""
+        assert self.rule is not None
         for group in self.optimizer.param_groups:
             if learning_rate(group) > 0:
                 return learning_rate(group), self.rule.threshold(group)

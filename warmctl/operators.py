@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from warmctl.replay import Replay, check_graph, check_loss, twice_differentiable
+from warmctl.replay import Replay, _graph_nodes, check_graph, check_loss, twice_differentiable
 from warmctl.vectors import Vector, add_, dot, local, locals_of, scale_
 
 METHODS = ("auto", "double_backward", "forward_over_reverse", "finite_difference")
@@ -343,9 +343,13 @@ def _connected_gradient(
     check_graph(loss)
     if not loss.requires_grad:
         return tuple(torch.zeros_like(p) for p in params)
-    return torch.autograd.grad(
+    gradient = torch.autograd.grad(
         loss, list(params), create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+    # autograd.grad walks round these nodes without a word: the product would be wrong, not missing.
+    if create_graph and any(node.name() == "torch::autograd::Error" for node in _graph_nodes(gradient)):
+        raise RuntimeError("a function of the model is once_differentiable: it has no second derivative")
+    return gradient
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class AdaptiveWarmup(Optimizer):
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One step of the wrapped optimizer, at its scheduled rates times the scale.
 
         Args:
@@ -157,6 +157,7 @@ class AdaptiveWarmup(Optimizer):
         checks.closure(closure)
         checkpoint.withdraw_vector(self.base, self._all_params())
         skipped = self._lend_scaler()
+        result: Any
         try:
             if closure is not None:
                 result = self.base.step(self._deciding(closure))
@@ -513,7 +514,7 @@ for _name in (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 ):
-    setattr(AdaptiveWarmup, _name, property(lambda self, name=_name: getattr(self.base, name)))
+    setattr(AdaptiveWarmup, _name, property(lambda self, name=_name: getattr(self.base, name)))  # type: ignore[misc]
 
 
 @dataclass

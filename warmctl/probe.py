@@ -185,7 +185,7 @@ class Prober:
 
     def _source(self, evaluation: Evaluation, params: list[Tensor]) -> tuple[Replay, Vector | None, float] | None:
         """A replay, its gradient at the present parameters if it is at hand, and its weight in the whole loss."""
-        present = [_kept_gradient(p) for p in params] if evaluation.untouched else None
+        present = [dense_gradient(p) for p in params] if evaluation.untouched else None
         if evaluation.closure is not None and self.closure_replays > 0.0:
             return self._replay(evaluation.closure, params, evaluation.random_state), present, evaluation.weight
         if self.observed is not None and self.loss_fn is not None:
@@ -256,9 +256,3 @@ class Prober:
             return repeated()
 
         return Replay(counted, params, self.model, random_state, distributed.averager(params))
-
-
-def _kept_gradient(param: Tensor) -> Tensor:
-    """This process's part of `.grad`, copied where DDP would write the next one over it (gradient_as_bucket_view)."""
-    gradient = dense_gradient(param)
-    return gradient.clone() if param.grad is not None and param.grad._is_view() else gradient

@@ -1,6 +1,6 @@
-"""What users of a training framework need beyond the wrapper itself: a file a framework, imported only by name.
+"""What users of a training framework need beyond the wrapper: a file a framework, imported only by name.
 
-Accelerate needs nothing: `accelerator.prepare` takes the wrapper as it is, and `accelerator.log(scalars(opt))` logs it.
+Accelerate needs nothing: `accelerator.prepare` takes the wrapper; `accelerator.log(scalars(opt))` logs it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,6 @@ def unwrap(optimizer: Any) -> AdaptiveWarmup:
 
 
 def scalars(optimizer: Any, prefix: str = "warmup/") -> dict[str, float]:
-    """The numbers among `metrics`, as a logger takes them: without words, and without values that are not known yet."""
+    """The numbers among `metrics`, as a logger takes them: no words, and no values that are not known yet."""
     metrics = unwrap(optimizer).metrics
     return {prefix + k: float(v) for k, v in metrics.items() if not isinstance(v, str) and math.isfinite(v)}

@@ -1,4 +1,4 @@
-"""Lightning: return the wrapper from `configure_optimizers` and give the Trainer `callbacks=[WarmupLogger()]`."""
+"""Lightning: return the wrapper from `configure_optimizers`, give Trainer `callbacks=[WarmupLogger()]`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ except ImportError as error:
 from warmctl.integrations import scalars, unwrap
 
 
-class WarmupLogger(Callback):  # type: ignore[misc]
+class WarmupLogger(Callback):
     """Logs the wrapper's metrics at every step, and keeps probes out of the user's logs.
 
-    A probe runs training_step again. Without this callback what training_step logs then counts too: epoch means take
-    in the batches of probes, and torchmetrics count them twice. Training itself is the same with and without.
+    A probe runs training_step again. Without this callback what it logs then counts too: epoch means
+    and torchmetrics take in the batches of probes. Training itself is the same with and without.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,7 +44,7 @@ class WarmupLogger(Callback):  # type: ignore[misc]
 
 @contextmanager
 def _nothing_logged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Puts back what Lightning remembers of a training step: logged values, its output, metrics and counters."""
+    """Puts back what Lightning keeps of a training step: logged values, its output, metrics, counters."""
     loop = trainer.fit_loop.epoch_loop
     counter = loop.automatic_optimization.optim_progress.optimizer.zero_grad
     results, counts = loop._results, copy.deepcopy(counter.__dict__)

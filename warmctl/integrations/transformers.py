@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: give it the wrapper by `optimizers=(AdaptiveWarmup(...), scheduler)` and no `warmup_steps`."""
+"""Hugging Face Trainer: give it `optimizers=(AdaptiveWarmup(...), scheduler)` and no `warmup_steps`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ except ImportError as error:
 from warmctl.integrations import scalars
 
 
-class WarmupLogger(TrainerCallback):  # type: ignore[misc]
-    """Adds the wrapper's metrics to what the Trainer logs, as "warmup/scale" and so on. Use `log_warmup(trainer)`."""
+class WarmupLogger(TrainerCallback):
+    """Adds the wrapper's metrics to the Trainer's logs, as "warmup/scale" and so on; see `log_warmup`."""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
@@ -29,6 +29,6 @@ class WarmupLogger(TrainerCallback):  # type: ignore[misc]
 def log_warmup(trainer: Trainer) -> None:
     """Log the wrapper's metrics with the loss: in `trainer.state.log_history` and through every reporter.
 
-    The Trainer puts callbacks of its own before those it is given; this one must come first to be seen by them.
+    The Trainer puts its own callbacks before those it is given; this one must come first to be seen by them.
     """
     trainer.callback_handler.callbacks.insert(0, WarmupLogger())
