@@ -34,7 +34,8 @@ LINEAR_WARMUP = 0.1  # of all steps
 POLICIES = {"none": "no warmup", "linear": "linear warmup", "adaptive": "AdaptiveWarmup"}
 ProblemName = Enum("ProblemName", {name: name for name in PROBLEMS}, type=str)  # type: ignore[misc]
 
-console = Console()
+console = Console(highlight=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def schedule(step: int, steps: int, warmup: int = 0) -> float:
@@ -87,7 +88,7 @@ class Run:
         if self.policy == "linear":
             phase = "warmup" if self.done < self.warmup else "decay"
         return {
-            "loss": _number(self.loss),
+            "loss": _number(self.loss, ".4g"),
             "lr": _number(row["lr"], ".2g"),
             "ratio": _number(ratio, ".2f"),
             "phase": "diverged" if self.diverged else phase,
@@ -103,12 +104,13 @@ class Result:
         self.train_loss = math.nan if run.diverged else sum(losses) / len(losses)
         self.peak_lr, self.seconds = max(run.history["lr"]), run.seconds
         self.cost = run.adaptive.metrics["overhead"] if run.adaptive else 0.0
-        self.trained = self.eval_loss < 0.98 * run.problem.chance()
+        share = self.eval_loss / run.problem.chance()
+        self.trained = share < 0.9
         if run.diverged:
             self.outcome = f"diverged at {run.done}"
         else:
-            self.outcome = "trained" if self.trained else "learnt nothing"
-        self.warmup_end, self.reason = run.warmup, ""
+            self.outcome = "trained" if self.trained else "hardly learnt" if share < 0.98 else "learnt nothing"
+        self.warmup_end, self.reason = run.warmup if run.done > run.warmup else 0, ""
         if run.adaptive and (end := warmup_end(run.history)):
             self.warmup_end, self.reason = end
 
@@ -156,8 +158,9 @@ def display(runs: list[Run], steps: int) -> Iterator:
 
 def report(results: dict[int, dict[str, Result]]) -> None:
     """A table of all runs, where and why warmup ended, and means over seeds."""
-    headers = ("eval\nloss", "mean\ntrain", "outcome", "peak\nlr", "warmup\nended", "probes", "time")
-    table = Table("seed", "policy", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table("seed", "policy", box=SIMPLE_HEAD, padding=0)
+    for header in ("eval\nloss", "mean\ntrain", "outcome", "peak\nlr", "warmup\nended", "probes", "time"):
+        table.add_column(header, justify="left" if header == "outcome" else "right", no_wrap=True)
     for seed, by_policy in results.items():
         for policy, result in by_policy.items():
             table.add_row(
@@ -174,6 +177,7 @@ def report(results: dict[int, dict[str, Result]]) -> None:
         table.add_section()
     console.print(table)
     console.print("peak lr: highest applied. probes: gradient evaluations beside training's.")
+    console.print("hardly learnt, learnt nothing: within 10 %, 2 % of the best constant prediction, or worse.")
     for seed, by_policy in results.items():
         end = by_policy["adaptive"]
         words = f"ended at step {end.warmup_end}: {end.reason}" if end.warmup_end else "had not ended"
@@ -193,6 +197,7 @@ def _number(value: object, form: str = ".3f") -> str:
     return format(value, form) if isinstance(value, float) and math.isfinite(value) else "-"
 
 
+@app.command()
 def main(
     problem: Annotated[ProblemName, typer.Option(help="What to train.")] = ProblemName("gpt-post"),  # noqa: B008
     lr: Annotated[
@@ -217,4 +222,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

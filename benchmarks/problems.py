@@ -100,6 +100,8 @@ def text_batches(data: Tensor, generator: torch.Generator, batch: int, context: 
 def class_batches(data: Batch, generator: torch.Generator, batch: int) -> Iterator[Batch]:
     """Epochs in a new random order each; the incomplete last batch of an epoch is dropped."""
     x, y = data
+    if batch > len(y):
+        raise ValueError(f"a batch of {batch} from {len(y)} examples")
     while True:
         for rows in torch.randperm(len(y), generator=generator)[: len(y) // batch * batch].split(batch):
             yield x[rows], y[rows]
@@ -330,7 +332,7 @@ def _problems() -> Iterator[Problem]:
     yield signals("mlp-adam", mlp, rule=Adam, lrs=half_decades(3e-4), tuned_lr=1e-2, split="development")
     yield images("resnet", resnet, rule=nesterov, lrs=half_decades(3e-2), tuned_lr=0.3, split="development")
     yield patches("vit", ViT, rule=adamw, lrs=half_decades(3e-4), tuned_lr=3e-3, split="test")
-    yield lines("lstm", LSTM, rule=RMSprop, lrs=half_decades(1e-3), tuned_lr=1e-2, split="test")
+    yield lines("lstm", LSTM, rule=RMSprop, lrs=half_decades(1e-3), tuned_lr=3e-2, split="test")
     yield images("digits", small_conv, rule=momentum, lrs=half_decades(1e-2), tuned_lr=0.1, split="test")
 
 

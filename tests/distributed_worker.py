@@ -130,9 +130,7 @@ def seen(model: nn.Module, opt: AdaptiveWarmup, expected: float) -> dict[str, An
     }
 
 
-def ddp(
-    source: str, *, known: str, bare: bool = False, unused: bool = False, **options: Any
-) -> dict[str, Any]:
+def ddp(source: str, *, known: str, bare: bool = False, unused: bool = False, **options: Any) -> dict[str, Any]:
     """Train under DDP. `known` is the model the wrapper is given: the one inside, or DDP's."""
     model = build(unused=unused)
     expected = truth(model)

@@ -50,16 +50,12 @@ def dense_hessian(model: nn.Module, loss_fn: LossFn, batch: Any) -> np.ndarray:
     params = [p for p in twin.parameters() if p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(twin, double(batch))
-        grads = torch.autograd.grad(
-            loss, params, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
         flat = torch.cat([g.flatten() for g in grads])
         rows = []
         for entry in flat:
             if entry.requires_grad:
-                row = torch.autograd.grad(
-                    entry, params, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+                row = torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
             else:
                 row = tuple(torch.zeros_like(p) for p in params)
             rows.append(torch.cat([r.flatten() for r in row]))
@@ -123,9 +119,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         batch, length, width = x.shape
         q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout * self.training
-        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training)
         x = x + attended.transpose(1, 2).reshape(batch, length, width)
         return self.head(x + self.mlp(x))
 
@@ -153,16 +147,12 @@ def seeded(seed: int) -> None:
 
 def linear_regression() -> Problem:
     seeded(0)
-    return Problem(
-        "linear regression", nn.Linear(6, 1), mean_square, (torch.randn(32, 6), torch.randn(32, 1))
-    )
+    return Problem("linear regression", nn.Linear(6, 1), mean_square, (torch.randn(32, 6), torch.randn(32, 1)))
 
 
 def softmax_regression() -> Problem:
     seeded(1)
-    return Problem(
-        "softmax regression", nn.Linear(5, 4), classification, (torch.randn(40, 5), torch.randint(4, (40,)))
-    )
+    return Problem("softmax regression", nn.Linear(5, 4), classification, (torch.randn(40, 5), torch.randint(4, (40,))))
 
 
 def tanh_mlp() -> Problem:
@@ -192,9 +182,7 @@ def convolution() -> Problem:
 def batch_norm() -> Problem:
     seeded(5)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).train()
-    return Problem(
-        "batch norm in train mode", model, classification, (torch.randn(24, 5), torch.randint(3, (24,)))
-    )
+    return Problem("batch norm in train mode", model, classification, (torch.randn(24, 5), torch.randint(3, (24,))))
 
 
 def lstm() -> Problem:
@@ -211,9 +199,7 @@ def transformer() -> Problem:
 
 def awkward() -> Problem:
     seeded(8)
-    return Problem(
-        "awkward parameters", Awkward(), classification, (torch.randint(6, (20,)), torch.randint(3, (20,)))
-    )
+    return Problem("awkward parameters", Awkward(), classification, (torch.randint(6, (20,)), torch.randint(3, (20,))))
 
 
 def group_norm() -> Problem:

@@ -40,11 +40,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.net(x)
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"logits": logits, "loss": F.cross_entropy(logits, labels)}
-        )
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": F.cross_entropy(logits, labels)}
 
 
 def data() -> TensorDataset:
@@ -56,9 +52,7 @@ def data() -> TensorDataset:
 class Run:
     """A script: built from a seed, trained for some epochs, with its own scheduler and clipping."""
 
-    def __init__(
-        self, accumulation: int = 1, *, wrapped: bool = True, lr: float = 30.0, **options: Any
-    ) -> None:
+    def __init__(self, accumulation: int = 1, *, wrapped: bool = True, lr: float = 30.0, **options: Any) -> None:
         torch.manual_seed(0)
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         self.bare = Classifier()
@@ -78,9 +72,7 @@ class Run:
                 with self.accelerator.accumulate(self.model):
                     self.accelerator.backward(self.model(x, labels=y)["loss"])
                     if clip is not None and self.accelerator.sync_gradients:
-                        self.norms.append(
-                            float(self.accelerator.clip_grad_norm_(self.model.parameters(), clip))
-                        )
+                        self.norms.append(float(self.accelerator.clip_grad_norm_(self.model.parameters(), clip)))
                     self.prepared.step()
                     self.scheduler.step()
                     self.prepared.zero_grad()
@@ -115,9 +107,7 @@ def failures(rows: Rows) -> list[str]:
 
 
 def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [
-        (row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows
-    ]
+    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
 
 
 def test_prepare_recognises_the_wrapper() -> None:

@@ -52,9 +52,7 @@ def test_wrapped_twice() -> None:
 
 
 def test_parameters_of_another_model() -> None:
-    with pytest.raises(
-        ValueError, match=r"4 of the optimizer's 4 parameters are not .* of model \(Sequential\)"
-    ):
+    with pytest.raises(ValueError, match=r"4 of the optimizer's 4 parameters are not .* of model \(Sequential\)"):
         AdaptiveWarmup(sgd(mlp(1)), mlp(2))
 
 

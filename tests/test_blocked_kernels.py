@@ -113,9 +113,7 @@ def ctc() -> tuple[list[nn.Parameter], Callable[[], Tensor], None]:
     return [scores], lambda: F.ctc_loss(scores.log_softmax(-1), targets, *lengths), None
 
 
-@pytest.mark.parametrize(
-    "make, message", [(embedding_bag, "_embedding_bag_backward"), (ctc, "_ctc_loss_backward")]
-)
+@pytest.mark.parametrize("make, message", [(embedding_bag, "_embedding_bag_backward"), (ctc, "_ctc_loss_backward")])
 def test_kernels_without_a_second_derivative(make: Callable[..., tuple], message: str) -> None:
     params, loss, twin = make()
     with pytest.raises(RuntimeError, match=message):
@@ -128,9 +126,7 @@ def test_kernels_without_a_second_derivative(make: Callable[..., tuple], message
         exact = HessianOperator(twin, params, "double_backward").matvec(vector)[0]
     else:  # no twin that autograd differentiates twice: central differences of the gradient in float64
         exact = _central_difference(loss, params[0], vector[0])
-    assert (
-        float((product - exact).norm() / exact.norm()) < 0.03
-    )  # ctc_loss is the rougher of the two in float32
+    assert float((product - exact).norm() / exact.norm()) < 0.03  # ctc_loss is the rougher of the two in float32
 
 
 def _central_difference(loss: Callable[[], Tensor], param: nn.Parameter, vector: Tensor) -> Tensor:
@@ -263,18 +259,14 @@ def test_differences_under_autocast_take_a_longer_step() -> None:
     """Where nothing else is left they must at least not be noise along the top eigenvector."""
     problem = tanh_mlp()
     values, vectors = np.linalg.eigh(oracle(problem))
-    operator = HessianOperator(
-        half(problem, torch.bfloat16), problem.params, "finite_difference", central=True
-    )
+    operator = HessianOperator(half(problem, torch.bfloat16), problem.params, "finite_difference", central=True)
     top = [
         torch.from_numpy(v).float()
         for v in np.split(vectors[:, -1], np.cumsum([p.numel() for p in problem.params])[:-1])
     ]
     top = [t.reshape(p.shape) for t, p in zip(top, problem.params, strict=True)]
     product = operator.matvec(top)
-    assert sum(float((a * b).sum()) for a, b in zip(top, product, strict=True)) == pytest.approx(
-        values[-1], rel=0.1
-    )
+    assert sum(float((a * b).sum()) for a, b in zip(top, product, strict=True)) == pytest.approx(values[-1], rel=0.1)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.02)])
@@ -284,9 +276,7 @@ def test_half_precision_parameters(dtype: torch.dtype, tolerance: float, method:
     problem.model.to(dtype)
     x, y = problem.batch
     hessian = dense_hessian(problem.model, problem.loss_fn, problem.batch)
-    operator = HessianOperator(
-        lambda: F.cross_entropy(problem.model(x.to(dtype)).float(), y), problem.params, method
-    )
+    operator = HessianOperator(lambda: F.cross_entropy(problem.model(x.to(dtype)).float(), y), problem.params, method)
     result = lanczos(operator, steps=12)
     assert result.eigenvalue == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=tolerance)
     assert operator.method == "double_backward"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -12,7 +13,12 @@ from warmctl.cadence import BURST, GAP_MOST, Cadence
 
 
 def run(
-    cadence: Cadence, steps: int, cost: float = 2.0, closeness: float = 1.0, norm: float = 1.0, guarding: bool = False
+    cadence: Cadence,
+    steps: int,
+    cost: float = 2.0,
+    closeness: float = 1.0,
+    norm: float = 1.0,
+    guarding: bool = False,
 ) -> list[int]:
     """The steps at which probes were made."""
     probes = []
@@ -32,7 +38,12 @@ def test_fixed_cadence(every: int) -> None:
     assert run(Cadence(every=every), 200) == list(range(1, 201, every))
 
 
-@given(cost=st.floats(0.5, 10), budget=st.floats(0.005, 0.3), seed=st.integers(0, 1000), closeness=st.floats(0.01, 2))
+@given(
+    cost=st.floats(0.5, 10),
+    budget=st.floats(0.005, 0.3),
+    seed=st.integers(0, 1000),
+    closeness=st.floats(0.01, 2),
+)
 @settings(max_examples=60, deadline=None)
 def test_auto_never_spends_more_than_burst_and_budget(cost: float, budget: float, seed: int, closeness: float) -> None:
     """Whatever the loss and the gradient norm do: token bucket, after the first probe."""
@@ -59,7 +70,7 @@ def test_guarding_costs_a_fifth() -> None:
 def test_gaps_grow_with_age_and_with_distance_from_the_edge() -> None:
     near, far = run(Cadence(budget=0.5), 300, closeness=1.0), run(Cadence(budget=0.5), 300, closeness=0.05)
     assert len(near) > 1.5 * len(far)
-    gaps = [b - a for a, b in zip(near, near[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(near)]
     assert gaps[0] == 1 and max(gaps) <= GAP_MOST and gaps == sorted(gaps)
 
 

@@ -35,7 +35,7 @@ def simulate(
     noise: Callable[[int], float] = lambda t: 1.0,
     steps: int = STEPS,
 ) -> list[tuple[float, bool, Decision]]:
-    """(true ratio at full rate, whether probed, decision) for each step, with a gradient norm that shows the curvature."""
+    """(true ratio at full rate, whether probed, decision) each step; the gradient norm shows the curvature."""
     cadence = Cadence(every=every)
     record = []
     for t in range(1, steps + 1):

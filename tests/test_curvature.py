@@ -98,9 +98,7 @@ def test_preconditioned_by_the_state_of_adam(
     group, rule = opt.param_groups[0], update_rule(opt)
     assert rule is not None
     grads = [p.grad for p in problem.params]
-    scale = rule.scale(
-        [p.detach() for p in problem.params], grads, [opt.state[p] for p in problem.params], group
-    )
+    scale = rule.scale([p.detach() for p in problem.params], grads, [opt.state[p] for p in problem.params], group)
     decay = rule.coupled_decay(group)
 
     beta1, beta2 = group["betas"]
@@ -108,9 +106,7 @@ def test_preconditioned_by_the_state_of_adam(
         g = p.grad + decay * p.detach()
         v = (beta2 * opt.state[p]["exp_avg_sq"] + (1 - beta2) * g**2) / (1 - beta2**4)
         edge = 2 * (1 + beta1) / (1 - beta1) * (1 - beta1**4)
-        torch.testing.assert_close(
-            d, learning_rate(group) / edge / (v.sqrt() + group["eps"]), rtol=1e-4, atol=0
-        )
+        torch.testing.assert_close(d, learning_rate(group) / edge / (v.sqrt() + group["eps"]), rtol=1e-4, atol=0)
 
     hessian = dense_hessian(problem.model, problem.loss_fn, problem.batch)
     everywhere = [d.sqrt() for d in scale]
@@ -186,9 +182,7 @@ def test_unequal_batches_are_weighted_by_their_rows(kind: str, method: str) -> N
     problem = tanh_mlp()
     parts = thirds(problem)
     whole = np.linalg.eigvalsh(oracle(problem))[-1]
-    unweighted = np.linalg.eigvalsh(
-        sum(dense_hessian(problem.model, classification, part) for part in parts) / 3
-    )[-1]
+    unweighted = np.linalg.eigvalsh(sum(dense_hessian(problem.model, classification, part) for part in parts) / 3)[-1]
     assert abs(unweighted / whole - 1) > 0.05  # an unweighted mean would be noticed
     result = sharpness(problem.model, any_classification, several(parts)[kind](), method=method)
     assert result.eigenvalue == pytest.approx(whole, rel=1e-3)
@@ -206,9 +200,7 @@ def test_batches_of_the_forms_that_are_one_batch() -> None:
             return F.cross_entropy(model(x), y)
 
         assert sharpness(problem.model, loss_fn, batch).eigenvalue == pytest.approx(top, rel=1e-3)
-    assert sharpness(problem.model, lambda m, b: F.cross_entropy(m(b), y), x).eigenvalue == pytest.approx(
-        top, rel=1e-3
-    )
+    assert sharpness(problem.model, lambda m, b: F.cross_entropy(m(b), y), x).eigenvalue == pytest.approx(top, rel=1e-3)
 
 
 def test_only_one_graph_is_alive_at_a_time() -> None:

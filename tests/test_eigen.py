@@ -65,9 +65,7 @@ def test_lanczos_finds_the_algebraic_top_of_any_matrix(size: int, seed: int, ran
 
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(2, 14), seed=st.integers(0, 10**6), steps=st.integers(1, 14))
-def test_lanczos_stopped_early_is_a_lower_bound_with_a_true_residual(
-    size: int, seed: int, steps: int
-) -> None:
+def test_lanczos_stopped_early_is_a_lower_bound_with_a_true_residual(size: int, seed: int, steps: int) -> None:
     a = np.random.default_rng(seed).normal(size=(size, size))
     operator = Matrix(a + a.T)
     result = lanczos(operator, steps=steps, tol=0.0, seed=seed)
@@ -77,9 +75,7 @@ def test_lanczos_stopped_early_is_a_lower_bound_with_a_true_residual(
         true_residual(operator, result.eigenvalue, result.eigenvector), abs=1e-9 * norm
     )
     assert np.linalg.norm(flat(result.eigenvector)) == pytest.approx(1.0)
-    assert (
-        np.abs(np.linalg.eigvalsh(operator.matrix) - result.eigenvalue).min() <= result.residual + 1e-9 * norm
-    )
+    assert np.abs(np.linalg.eigvalsh(operator.matrix) - result.eigenvalue).min() <= result.residual + 1e-9 * norm
     assert result.hvps == operator.products <= steps
 
 

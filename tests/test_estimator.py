@@ -225,9 +225,7 @@ def test_sparse_gradients() -> None:
     assert model.embedding.weight.grad is not None and model.embedding.weight.grad.is_sparse
 
 
-@pytest.mark.parametrize(
-    "estimator, steps, probes", [("lanczos", 1, 60), ("lanczos", 2, 12), ("power", 1, 60)]
-)
+@pytest.mark.parametrize("estimator, steps, probes", [("lanczos", 1, 60), ("lanczos", 2, 12), ("power", 1, 60)])
 def test_warm_start_converges_on_a_fixed_batch(estimator: str, steps: int, probes: int) -> None:
     model = mlp().double()
     base = torch.optim.SGD(model.parameters(), 1e-9)

@@ -117,11 +117,7 @@ def test_a_later_column_is_none_before() -> None:
 
 
 scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats(allow_nan=False)
-    | st.text("aé \n", max_size=3)
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text("aé \n", max_size=3)
 )
 
 
@@ -141,9 +137,7 @@ class _Phase(str, enum.Enum):
 
 
 def test_numpy_torch_and_enumerations_become_plain() -> None:
-    record = History(
-        [{"step": np.int64(1), "loss": torch.tensor(0.5, requires_grad=True), "lr": np.float64(0.25)}]
-    )
+    record = History([{"step": np.int64(1), "loss": torch.tensor(0.5, requires_grad=True), "lr": np.float64(0.25)}])
     record.append({"step": 2, "scale": np.float32(0.5), "probed": np.bool_(True), "phase": _Phase.WARMUP})
     expected = {"step": 1, "phase": None, "scale": None, "lr": 0.25, "loss": 0.5, "probed": None}
     assert list(record[0].items()) == list(expected.items())

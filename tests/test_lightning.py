@@ -46,14 +46,10 @@ def data() -> TensorDataset:
 class Classifier(pl.LightningModule):  # type: ignore[misc,name-defined]
     """`skip`: batches for which training_step returns None."""
 
-    def __init__(
-        self, *, wrapped: bool = True, lr: float = 30.0, skip: tuple[int, ...] = (), **options: Any
-    ) -> None:
+    def __init__(self, *, wrapped: bool = True, lr: float = 30.0, skip: tuple[int, ...] = (), **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3)
-        )
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3))
         self.wrapped, self.lr, self.skip, self.options = wrapped, lr, skip, options
         self.opt: Any = None
 
@@ -130,14 +126,10 @@ def failures(rows: Rows) -> list[str]:
 
 
 def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [
-        (row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows
-    ]
+    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2}], ids=str)
 def test_monitor_leaves_no_trace(options: dict[str, Any]) -> None:
     """Weights, batch norm, rates, and what callbacks and the logs show of the loss."""
     seen = Losses(), Losses()
@@ -190,9 +182,7 @@ def test_control_counts_steps_and_leaves_the_schedule_alone(accumulation: int) -
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}], ids=str)
 def test_checkpoint_and_resume_in_mid_warmup(options: dict[str, Any], tmp_path: Path) -> None:
     class Save(Callback):
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 6 and not (tmp_path / "mid.ckpt").exists():
                 trainer.save_checkpoint(tmp_path / "mid.ckpt")
 
@@ -229,17 +219,13 @@ def test_logger_writes_the_metrics_of_every_step() -> None:
     found: list[dict[str, float]] = []
 
     class Read(Callback):
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             found.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
     model = Classifier()
     fit(model, 5, callbacks=[WarmupLogger(), Read()])
     assert [round(values["warmup/step"]) for values in found] == [1, 2, 3, 4, 5]
-    assert [values["warmup/scale"] for values in found] == pytest.approx(
-        [row["scale"] for row in model.rows], rel=1e-6
-    )
+    assert [values["warmup/scale"] for values in found] == pytest.approx([row["scale"] for row in model.rows], rel=1e-6)
     assert {"warmup/lr", "warmup/stability_ratio", "warmup/sharpness"} <= set(found[-1])
 
 

@@ -56,9 +56,7 @@ def test_products_are_those_of_the_dense_hessian(make: Callable[[], Problem], me
 
 @pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("central", [False, True])
-def test_finite_differences_are_accurate_along_the_top_eigenvector(
-    make: Callable[[], Problem], central: bool
-) -> None:
+def test_finite_differences_are_accurate_along_the_top_eigenvector(make: Callable[[], Problem], central: bool) -> None:
     problem = make()
     values, vectors = np.linalg.eigh(oracle(problem))
     operator = HessianOperator(replay(problem), problem.params, "finite_difference", central=central)
@@ -80,9 +78,9 @@ def test_the_step_does_not_grow_with_the_number_of_tensors() -> None:
     vector = [torch.ones(1), *(torch.zeros(400) for _ in large)]
     product = HessianOperator(loss, params, "finite_difference").matvec(vector)
     assert product[0].item() == pytest.approx(exact, rel=0.25)
-    assert HessianOperator(loss, params, "finite_difference", central=True).matvec(vector)[
-        0
-    ].item() == pytest.approx(exact, rel=2e-3)
+    assert HessianOperator(loss, params, "finite_difference", central=True).matvec(vector)[0].item() == pytest.approx(
+        exact, rel=2e-3
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -202,9 +200,7 @@ def test_cost_is_counted_in_gradient_evaluations() -> None:
             evaluations += 1
             return problem.loss()
 
-        operator = HessianOperator(
-            loss, problem.params, method, gradient=gradient if given else None, central=central
-        )
+        operator = HessianOperator(loss, problem.params, method, gradient=gradient if given else None, central=central)
         for seed in range(2):
             operator.matvec(random_like(operator.template, seed))
         assert operator.cost == pytest.approx(cost)
@@ -306,12 +302,8 @@ def test_a_graph_that_is_alive_stays_valid() -> None:
     problem = batch_norm()
     wanted = torch.autograd.grad(problem.loss(), problem.params)
     loss = problem.loss()
-    HessianOperator(replay(problem), problem.params, "finite_difference").matvec(
-        random_like(problem.params, 0)
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, problem.params), wanted, strict=True)
-    )
+    HessianOperator(replay(problem), problem.params, "finite_difference").matvec(random_like(problem.params, 0))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, problem.params), wanted, strict=True))
 
 
 def test_product_on_a_live_graph() -> None:
@@ -341,12 +333,9 @@ def test_a_block_of_the_parameters_leaves_the_others_alone() -> None:
     for method in METHODS:
         operator = HessianOperator(problem.loss, block, method)
         vectors, found = products(operator, 1)
-        np.testing.assert_allclose(
-            found, hessian[offset : offset + size, offset : offset + size] @ vectors, atol=4e-3
-        )
+        np.testing.assert_allclose(found, hessian[offset : offset + size, offset : offset + size] @ vectors, atol=4e-3)
         assert all(
-            p.grad is g and torch.equal(g, torch.full_like(g, 7.0))
-            for p, g in zip(problem.params, grads, strict=True)
+            p.grad is g and torch.equal(g, torch.full_like(g, 7.0)) for p, g in zip(problem.params, grads, strict=True)
         )
 
 

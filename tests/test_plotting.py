@@ -214,10 +214,7 @@ def test_a_baseline_without_stability_ratio() -> None:
         [{"step": 0}, {"step": 1, "loss": math.nan, "lr": 0.0}],
         [{"step": 5, "loss": 1.0, "lr": 0.1, "stability_ratio": 0.5, "target": 1.0, "probed": True}],
         [{"step": i, "loss": -1.0, "lr": 0.0, "stability_ratio": -2.0, "target": 0.5} for i in range(9)],
-        [
-            {"step": i, "loss": 0.0, "lr": 1e-30, "stability_ratio": 1e12 * i, "target": 0.95}
-            for i in range(9)
-        ],
+        [{"step": i, "loss": 0.0, "lr": 1e-30, "stability_ratio": 1e12 * i, "target": 0.95} for i in range(9)],
         [{"step": i, "loss": math.inf, "lr": math.nan, "stability_ratio": math.inf} for i in range(9)],
     ],
 )

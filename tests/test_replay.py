@@ -57,9 +57,9 @@ EVALUATIONS: dict[str, Callable[[Replay], object]] = {
     "double backward": lambda replay: HessianOperator(replay, replay.params, "double_backward").matvec(
         random_like(replay.params, 0)
     ),
-    "forward over reverse": lambda replay: HessianOperator(
-        replay, replay.params, "forward_over_reverse"
-    ).matvec(random_like(replay.params, 0)),
+    "forward over reverse": lambda replay: HessianOperator(replay, replay.params, "forward_over_reverse").matvec(
+        random_like(replay.params, 0)
+    ),
     "finite difference": lambda replay: HessianOperator(replay, replay.params, "finite_difference").matvec(
         random_like(replay.params, 0)
     ),
@@ -349,9 +349,7 @@ def test_gradients_that_are_views_of_ddp_buckets(one_process: None) -> None:
     operator = HessianOperator(replay, problem.params, "finite_difference", gradient=gradient)
     product = operator.matvec(random_like(operator.template, 0))
 
-    exact = HessianOperator(problem.loss, problem.params, "double_backward").matvec(
-        random_like(operator.template, 0)
-    )
+    exact = HessianOperator(problem.loss, problem.params, "double_backward").matvec(random_like(operator.template, 0))
     for a, b in zip(product, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
     assert all(torch.equal(a, b) for a, b in zip(gradient, taken, strict=True))

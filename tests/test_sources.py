@@ -56,9 +56,7 @@ def sharpness_of(opt: AdaptiveWarmup) -> float:
 
 
 def dense(model: nn.Module, batch: Any = None, loss: Any = loss_fn) -> float:
-    return float(
-        np.linalg.eigvalsh(dense_hessian(model, loss, batch_of(0) if batch is None else batch)).max()
-    )
+    return float(np.linalg.eigvalsh(dense_hessian(model, loss, batch_of(0) if batch is None else batch)).max())
 
 
 def loss_of(output: Any) -> Tensor:
@@ -420,9 +418,7 @@ def test_the_global_random_streams_are_repeated(stream: str) -> None:
     opt = monitor(model)
 
     def closure() -> Tensor:
-        draw = {"torch": lambda: float(torch.rand(())), "numpy": np.random.rand, "python": random.random}[
-            stream
-        ]()
+        draw = {"torch": lambda: float(torch.rand(())), "numpy": np.random.rand, "python": random.random}[stream]()
         opt.zero_grad()
         loss = (1 + draw) * loss_fn(model, batch_of(0))
         loss.backward()

@@ -118,9 +118,7 @@ def failures(rows: Rows) -> list[str]:
 
 
 def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [
-        (row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows
-    ]
+    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
 
 
 @pytest.mark.parametrize("model", MODELS)

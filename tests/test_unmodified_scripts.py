@@ -35,9 +35,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
-        q, k, v = (
-            t.view(rows, length, 4, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(width, dim=2)
-        )
+        q, k, v = (t.view(rows, length, 4, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(width, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.c_proj(y.transpose(1, 2).reshape(rows, length, width))
         out: Tensor = x + self.mlp(self.ln_2(x))
@@ -66,9 +64,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float]
-    ) -> Optimizer:
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float]) -> Optimizer:
         params = list(self.parameters())
         decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -171,9 +167,7 @@ def test_nanogpt_measures_the_loss_it_trains_on(accumulation: int) -> None:
         pass
 
     def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-        model.register_forward_pre_hook(
-            lambda m, args: batches.append(args) if torch.is_grad_enabled() else None
-        )
+        model.register_forward_pre_hook(lambda m, args: batches.append(args) if torch.is_grad_enabled() else None)
         base = torch.optim.SGD(model.parameters(), lr=1e-4)
         return AdaptiveWarmup(base, model, every=1, probe_steps=16)
 
@@ -224,10 +218,7 @@ def test_tutorial_loop_monitored_is_bitwise_the_bare_run(clip: float) -> None:
     """Dropout and batch norm: neither random streams nor running statistics notice the probes."""
     plain, base = classifier(bare, clip=clip)
     model, opt = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=3), clip=clip)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True))
     assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
     assert opt.metrics["probes"] == 10
     assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]

@@ -121,9 +121,7 @@ def start_from(optimizer: Optimizer, next_step: int) -> None:
             if "mu_product" in state:
                 decay = group["momentum_decay"]
                 done = range(1, min(next_step, 2000))
-                state["mu_product"].fill_(
-                    math.prod(group["betas"][0] * (1 - 0.5 * 0.96 ** (t * decay)) for t in done)
-                )
+                state["mu_product"].fill_(math.prod(group["betas"][0] * (1 - 0.5 * 0.96 ** (t * decay)) for t in done))
 
 
 def at_ratio(make: Make, next_step: int, target: float) -> Optimizer:
@@ -149,9 +147,7 @@ def fate(optimizer: Optimizer, momentum: Sequence[str] = MOMENTUM) -> str:
     """What becomes of the parameters when only they and the momentum may move."""
     params, curvature = all_parameters(optimizer), hessian()
     sign = -1 if optimizer.param_groups[0].get("maximize") else 1
-    moving = {
-        p: [k for k, v in optimizer.state[p].items() if v is not None and k not in momentum] for p in params
-    }
+    moving = {p: [k for k, v in optimizer.state[p].items() if v is not None and k not in momentum] for p in params}
     held = [(p, k, optimizer.state[p][k].clone()) for p, names in moving.items() for k in names]
     start = flat(params).norm()
     for _ in range(1000):
@@ -339,17 +335,13 @@ def test_step_is_rate_over_preconditioner(make: Make) -> None:
         one = [torch.ones_like(p) for p in params]
         p = flat(rule.preconditioner(*arguments(optimizer, group)) if rule.preconditioner else one)
         seen = (-gradient if group["maximize"] else gradient) + coupled * theta
-        torch.testing.assert_close(
-            true_step(optimizer), lr / p * seen + lr * decoupled * theta, rtol=1e-6, atol=1e-12
-        )
+        torch.testing.assert_close(true_step(optimizer), lr / p * seen + lr * decoupled * theta, rtol=1e-6, atol=1e-12)
         scale = flat(rule.scale(*arguments(optimizer, group)))
         torch.testing.assert_close(scale, lr / (2 * p), msg="without momentum the edge is 2")
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "make", [partial(Adam, lr=0.1), partial(RAdam, lr=0.1), partial(Adamax, lr=0.1)], ids=label
-)
+@pytest.mark.parametrize("make", [partial(Adam, lr=0.1), partial(RAdam, lr=0.1), partial(Adamax, lr=0.1)], ids=label)
 def test_momentum_share_is_the_bias_correction(make: Make) -> None:
     """After an empty momentum the step is (1 − β₁) g η / (q P)."""
     optimizer = make(parameters())

@@ -1,9 +1,9 @@
 """When to probe: a budget in gradient evaluations, and free signals of the step already made that call for a probe.
 
-Probes are as far apart as the run is old: a gap is a fraction of its age, a small one near `target` and all of it ten
-times below. In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its
-own running average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred steps, the
-last of them kept for events. Nothing here reads a clock: the same run probes at the same steps.
+Probes are as far apart as the run is old: a gap is a fraction of its age, a small one near `target` and all of it
+ten times below. In between, an event calls for one before the step is made: a gradient norm or a loss that stands out
+of its own running average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred
+steps, the last of them kept for events. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 GAP_NEAR, GAP_FAR, GAP_MOST = 0.15, 1.0, 50.0
-"""Steps between probes over the age of the run, at the target and a decade below it, and the most there are in warmup."""
+"""Steps between probes over the age of the run, at the target and a decade below it, and the most in warmup."""
 NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
 NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
+LOSING = 2.0
+"""Mean deviations by which the average loss may rise from its lowest before it is losing ground."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 BURST, RESERVE = 26.0, 6.0
@@ -37,6 +39,8 @@ class CadenceState:
     norm_spread: float = 0.2
     loss: float = math.nan
     loss_spread: float = 0.0
+    lowest_loss: float = math.inf
+    surprise: float = 1.0
 
 
 class Cadence:
@@ -78,6 +82,17 @@ class Cadence:
         due = since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost + reserve
         return "clock" if due else ""
 
+    @property
+    def surprise(self) -> float:
+        """The last gradient norm over its average before, if that was an event, else 1."""
+        return self.state.surprise
+
+    @property
+    def losing(self) -> bool:
+        """Whether the average loss has risen from its lowest by more than `LOSING` mean deviations."""
+        s = self.state
+        return s.loss - s.lowest_loss > LOSING * max(s.loss_spread, LOSS_SPREAD * abs(s.loss))
+
     def probed(self, cost: float, closeness: float) -> None:
         """Account for a probe made at this step.
 
@@ -94,12 +109,14 @@ class Cadence:
         """Why this step stands out, or ""; then take it into the averages."""
         s = self.state
         events = []
+        s.surprise = 1.0
         if 0.0 < norm < math.inf:
             log_norm = math.log(norm)
             if math.isnan(s.norm):
                 s.norm = log_norm
             if log_norm - s.norm > NORM_EVENT * max(s.norm_spread, NORM_SPREAD):
                 events.append("gradient norm")
+                s.surprise = math.exp(log_norm - s.norm)
             s.norm, s.norm_spread = _follow(s.norm, s.norm_spread, log_norm)
         if math.isfinite(loss):
             if math.isnan(s.loss):
@@ -107,6 +124,7 @@ class Cadence:
             if loss - s.loss > LOSS_EVENT * max(s.loss_spread, LOSS_SPREAD * abs(s.loss)):
                 events.append("loss")
             s.loss, s.loss_spread = _follow(s.loss, s.loss_spread, loss)
+            s.lowest_loss = min(s.lowest_loss, s.loss)
         return " and ".join(events)
 
     def state_values(self) -> list[float]:

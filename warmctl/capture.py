@@ -118,7 +118,7 @@ class ModelCapture:
         if loss is not None:
             self.forwards += 1
             value, hook = loss.detach(), _Hook(self, "_trained")
-            loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))
+            loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
         if self.enabled:
@@ -153,9 +153,7 @@ class GradientWatch:
     def __init__(self, params: list[Tensor]) -> None:
         self.param = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
         self.clear()
-        self._handle = (
-            None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)
-        )
+        self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)
 
     def clear(self) -> None:
         """A step was made: the next gradient begins."""

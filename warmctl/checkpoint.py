@@ -1,7 +1,7 @@
 """The wrapper's state inside the optimizer's own state dict, in a form that every checkpoint format carries.
 
-torch.distributed.checkpoint keeps only `state` and `param_groups`. So the numbers travel as one float64 tensor in the first
-group and the eigenvector as one more entry beside each parameter's moments. The latter is there even before the first
+torch.distributed.checkpoint keeps only `state` and `param_groups`. So the numbers travel as one float64 tensor in the
+first group and the eigenvector as one more entry beside each parameter's moments. The latter is there even before the first
 probe (zeros): a sharded checkpoint is read into the structure that a fresh wrapper announces.
 """
 
@@ -114,7 +114,7 @@ def unpack(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[float] | No
     return {**state_dict, "state": state, "param_groups": groups}, values and values[1:], order
 
 
-def _like(param: Tensor, part: Tensor) -> Tensor:
+def _like(param: Any, part: Tensor) -> Tensor:
     """`part` as a DTensor where the parameter is one, so that it is saved and resharded like it."""
     if not hasattr(param, "_local_tensor"):
         return part

@@ -5,8 +5,13 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
 
 * Down at once: a reading that puts the ratio above `target` cuts the scale to where the ratio meets it.
 * Up with the age of the run: after t steps the scale grows by ((t + 1) / t)^p a step, so it doubles when the run's
-  age has doubled, whatever the length of the run. Far below the edge p is twice the number of decades to the target: the
-  first ratios of an adaptive rule are too large by orders of magnitude, and fall within a few steps.
+  age has doubled, whatever the length of the run. Far below target p is larger, for the first ratios of an adaptive
+  rule are too large by orders of magnitude and fall within a few steps. No evidence, no growth: at most by a factor
+  beyond the scale of the last reading, and not while the loss is losing ground.
+* Curvature is not all that limits an early step (Kosson et al. 2024, arXiv 2410.23922): the relative change of the
+  weights by a step is let grow by a constant a step.
+* A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
+  shortened in proportion, and the shortening recovers within the memory of the momentum.
 * An end: warmup is over when the scale has reached no new high while the run's age has grown by half, and is not on its
   way back from a cut. It is kept then, so that the user's decay keeps its shape.
 """
@@ -26,6 +31,12 @@ HIGHER, RECOVERED, PATIENCE = 1.1, 0.9, 4.0
 """A new high is so much higher; the end waits for a scale cut since then to come back this far, up to this age."""
 DECADE_POWER = 2.0
 """Power of the growth law for each decade that the stability ratio is below target."""
+EVIDENCE = 4.0
+"""Largest scale over that of the last reading."""
+RAMP = 0.002
+"""Growth a step of the relative change of the weights that a step may make."""
+SURPRISE, NEAR, RECOVERY = 2.0, 0.1, 1.1
+"""A norm so many times its average shortens the step, where the ratio is so near target; and the way back a step."""
 RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
@@ -39,16 +50,34 @@ class Reading:
     Attributes:
         ratio: r₁ at the full scheduled rate; not finite if the probe failed.
         share: the edge of this very step over the long-run edge, see `UpdateRule.momentum_share`.
+        relative_update: ‖update‖ / ‖weights‖ of the coming step at the full rate, the median over weight matrices.
         reason: why it failed, or "".
     """
 
     ratio: float
     share: float = 1.0
+    relative_update: float = 0.0
     reason: str = ""
 
     @property
     def ok(self) -> bool:
         return math.isfinite(self.ratio)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the step's own loss and gradient say for free.
+
+    Attributes:
+        surprise: gradient norm over its running average if that is an event, else 1.
+        losing: the running average of the loss is above its lowest by more than its noise.
+    """
+
+    surprise: float = 1.0
+    losing: bool = False
+
+
+NO_SIGNALS = Signals()
 
 
 @dataclass(frozen=True)
@@ -75,6 +104,9 @@ class ControllerState:
     scale: float = UNMEASURED
     forecast: float = math.nan
     share: float = 1.0
+    relative_update: float = 0.0
+    probed_scale: float = 0.0
+    shortening: float = 1.0
     age: float = 0.0
     readings: float = 0.0
     highest: float = 0.0
@@ -108,15 +140,17 @@ class Controller:
         """Begin warmup again from the next reading."""
         self.state = ControllerState()
 
-    def update(self, rate: float, reading: Reading | None = None) -> Decision:
+    def update(self, rate: float, reading: Reading | None = None, signals: Signals = NO_SIGNALS) -> Decision:
         """Decide the coming step.
 
         Args:
             rate: the scheduled learning rate, above 0; only its ratios between steps matter.
             reading: if a probe was made for this step.
+            signals: of the step's own loss and gradient.
         """
         s = self.state
         s.age += 1
+        s.shortening = min(1.0, s.shortening * RECOVERY)
         if self.phase == "done":
             s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
             return self._decision(rate)
@@ -125,28 +159,36 @@ class Controller:
         if reading is not None:
             s.readings += 1
             s.forecast, s.share = max(reading.ratio, 0.0) / rate, reading.share
+            s.relative_update = reading.relative_update / rate
         if math.isnan(s.forecast):
             return self._end(rate)
         carried = self.target * s.share / max(s.forecast * rate, 1e-30)
-        return self._end(rate, self._move(carried, reading is not None))
+        reason = self._move(carried, rate, reading is not None, signals.losing)
+        if signals.surprise > SURPRISE and s.scale > NEAR * carried:
+            s.shortening = min(s.shortening, SURPRISE / signals.surprise)
+        return self._end(rate, reason)
 
-    def _move(self, carried: float, probed: bool) -> str:
+    def _move(self, carried: float, rate: float, probed: bool, losing: bool) -> str:
         """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
 
         Guard only cuts, and only on a reading.
         """
         s = self.state
-        before, limit = s.scale, min(1.0, carried)
+        before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
+        limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else math.inf)
         if s.readings == 1 and probed:
             s.scale = max(limit, FLOOR)
-            return f"started at scale {s.scale:.3g}"
-        if probed and limit < s.scale:
-            s.scale = max(limit, FLOOR)
-            return f"cut from scale {before:.3g} to {s.scale:.3g}"
-        if self.phase == "warmup" and limit > s.scale:
+        elif probed and carried < s.scale:
+            s.scale = max(carried, FLOOR)
+        elif self.phase == "warmup" and limit > s.scale and not losing:
             power = max(1.0, DECADE_POWER * math.log10(carried / s.scale))
-            s.scale = min(limit, s.scale * (s.age / max(s.age - 1, 1.0)) ** power)
-        return ""
+            grown = s.scale * (s.age / max(s.age - 1, 1.0)) ** power
+            s.scale = max(s.scale, min(limit, grown, EVIDENCE * s.probed_scale))
+        if probed:
+            s.probed_scale = s.scale
+        if s.readings == 1 and probed:
+            return f"started at scale {s.scale:.3g}"
+        return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
 
     def _end(self, rate: float, reason: str = "") -> Decision:
         """End warmup if it is time, and decide."""
@@ -174,8 +216,9 @@ class Controller:
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state
-        ratio = s.scale * s.forecast * rate
-        return Decision(s.scale, self.phase, ratio, ratio / (self.target * s.share), reason)
+        scale = s.scale * s.shortening
+        ratio = scale * s.forecast * rate
+        return Decision(scale, self.phase, ratio, ratio / (self.target * s.share), reason)
 
     def state_values(self) -> list[float]:
         return [float(v) for v in asdict(self.state).values()]

@@ -139,8 +139,7 @@ def _rows(batch: Any) -> int:
     first = _first_tensor(batch)
     if first is None:
         raise ValueError(
-            "a batch of several must hold a tensor, whose first dimension is its size; "
-            f"got {type(batch).__name__}"
+            f"a batch of several must hold a tensor, whose first dimension is its size; got {type(batch).__name__}"
         )
     return first.shape[0]
 

@@ -38,7 +38,7 @@ def average_(vector: Vector) -> None:
         flat = torch.cat([t.flatten() for t in members])
         dist.all_reduce(flat)
         flat /= world
-        parts = flat.split([t.numel() for t in members])
+        parts = torch.split(flat, [t.numel() for t in members])
         torch._foreach_copy_(members, [part.view_as(t) for part, t in zip(parts, members, strict=True)])
 
 

@@ -8,6 +8,7 @@ bound: read it together with the residual ‖Av − λv‖, which bounds the dis
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,9 +137,7 @@ def power_iteration(
         length = math.hypot(value, residual)
         if not math.isfinite(length):
             return EigenResult(math.nan, vector, math.nan, hvps, False)
-        if (
-            residual <= 10 * _precision(vector) * length
-        ):  # an eigenvector to rounding: the iteration would stay
+        if residual <= 10 * _precision(vector) * length:  # an eigenvector to rounding: the iteration would stay
             return EigenResult(value, vector, residual, hvps, True)
         longest = max(longest, length)
         stalled = residual > 0.99 * before
@@ -153,6 +152,73 @@ def power_iteration(
     raise AssertionError("unreachable")
 
 
+def ritz_step(operator: SymmetricOperator, vector: Vector, direction: Callable[[], Vector]) -> EigenResult:
+    """Rayleigh–Ritz on two directions, the tracked eigenvector and that of the coming step, and one power step.
+
+    Both directions were there before the batch was drawn that the operator is of. Hence the Ritz value is not biased
+    upward by the choice of direction, as a Krylov space of the batch's own Hessian is. The eigenvector returned is
+    one (shifted) power step on: it costs no product, and the next value converges where the operator stays the same.
+
+    Args:
+        vector: the tracked eigenvector, a unit vector; overwritten.
+        direction: makes the second direction anew; called twice, to hold one vector less.
+
+    Cost: 2 products. Memory: two vectors beside `vector`, and what a product takes.
+    """
+    first = _unit(operator, direction())
+    if first is None:
+        return power_step(operator, vector)
+    image = operator.matvec(first)
+    along = operator.inner(first, image)
+    add_(vector, first, -operator.inner(first, vector))
+    second = _unit(operator, vector)
+    if second is None:
+        size = math.sqrt(operator.inner(image, image))
+        return EigenResult(along, first, math.sqrt(max(size * size - along * along, 0.0)), 1, False)
+    across = operator.inner(second, image)
+    del first
+    other = operator.matvec(second)
+    matrix = np.array([[along, across], [across, operator.inner(second, other)]])
+    if not np.isfinite(matrix).all():
+        return EigenResult(math.nan, second, math.nan, 2, False)
+    values, vectors = np.linalg.eigh(matrix)
+    value, (a, b) = float(values[-1]), (float(vectors[0, -1]), float(vectors[1, -1]))
+    product = add_(scale_(image, a), other, b)
+    size = math.sqrt(operator.inner(product, product))
+    residual = math.sqrt(max(size * size - value * value, 0.0))
+    shift = max((size - value) / 2, 0.0)
+    add_(product, second, shift * b)
+    del other, second
+    again = direction()
+    length = math.sqrt(operator.inner(again, again))
+    following = _unit(operator, add_(product, again, shift * a / max(length, 1e-30)))
+    return EigenResult(value, again if following is None else following, residual, 2, False)
+
+
+def _unit(operator: SymmetricOperator, vector: Vector) -> Vector | None:
+    """`vector` scaled to length 1 in place; None if it has no direction."""
+    length = math.sqrt(operator.inner(vector, vector))
+    return scale_(vector, 1.0 / length) if math.isfinite(length) and length > 0.0 else None
+
+
+def power_step(operator: SymmetricOperator, start: Vector) -> EigenResult:
+    """One product: the Rayleigh quotient of `start`, and, for the next probe, the vector one power step on.
+
+    The shift (‖Av‖ − vᵀAv)/2 keeps a dominant negative eigenvalue from taking over, as in `power_iteration`.
+    """
+    length = math.sqrt(operator.inner(start, start))
+    if not (math.isfinite(length) and length > 0.0):
+        return lanczos(operator, start=start, steps=1)
+    scale_(start, 1.0 / length)
+    product = operator.matvec(start)
+    value, size = operator.inner(start, product), math.sqrt(operator.inner(product, product))
+    residual = math.sqrt(max(size * size - value * value, 0.0))
+    add_(product, start, max((size - value) / 2, 0.0))
+    length = math.sqrt(operator.inner(product, product))
+    following = scale_(product, 1.0 / length) if math.isfinite(length) and length > 0.0 else start
+    return EigenResult(value, following, residual, 1, False)
+
+
 def check_start(start: Vector, template: Vector) -> None:
     """Raise ValueError unless `start` has the shapes of the operator's space."""
     shapes, wanted = [tuple(t.shape) for t in start], [tuple(t.shape) for t in template]
@@ -160,9 +226,7 @@ def check_start(start: Vector, template: Vector) -> None:
         raise ValueError(f"start must have one tensor per parameter with shapes {wanted}, got {shapes}")
 
 
-def _start_vector(
-    operator: SymmetricOperator, start: Vector | None, seed: int, noise: float
-) -> Vector | None:
+def _start_vector(operator: SymmetricOperator, start: Vector | None, seed: int, noise: float) -> Vector | None:
     """Unit start vector; None where the space is empty. Without noise `start` itself, scaled in place."""
     if start is not None and noise == 0.0:
         length = math.sqrt(operator.inner(start, start))

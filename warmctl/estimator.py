@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration
+from warmctl.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration, power_step, ritz_step
 from warmctl.operators import HessianOperator, ScaledOperator
 from warmctl.replay import Replay
 from warmctl.update_rules import UpdateRule, learning_rate
-from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like, scale_
+from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like, significant
 
 log = logging.getLogger("warmctl")
 
@@ -42,6 +44,7 @@ class Measurement:
         reason: why it failed, or "".
         momentum_share: the edge of this very step over its long-run value: below 1 while Adam's bias correction makes
             the first steps bolder than momentum alone would.
+        relative_update: ‖update‖ / ‖weights‖ of the preconditioned gradient at the full rate, median over matrices.
     """
 
     ratio: float
@@ -52,20 +55,24 @@ class Measurement:
     cost: float
     reason: str = ""
     momentum_share: float = 1.0
+    relative_update: float = 0.0
 
     @staticmethod
     def values(found: Measurement | None) -> list[float]:
         """As plain numbers, for a checkpoint; the words are not kept."""
-        if found is None:
-            return [0.0] * 7
-        return [1.0, found.ratio, found.residual, found.sharpness, found.threshold, float(found.hvps), found.cost]
+        numbers = [0.0] * len(_NUMBERS) if found is None else [float(getattr(found, name)) for name in _NUMBERS]
+        return [float(found is not None), *numbers]
 
     @staticmethod
     def from_values(values: Sequence[float]) -> Measurement | None:
         """The inverse of `values`."""
-        there, ratio, residual, sharpness, threshold, hvps, cost = values
-        reason = "" if math.isfinite(ratio) else "it failed before the run was resumed"
-        return Measurement(ratio, residual, sharpness, threshold, int(hvps), cost, reason) if there else None
+        there, *numbers = values
+        found = failed("it failed before the run was resumed")._with(numbers)
+        return None if not there else replace(found, reason="") if math.isfinite(found.ratio) else found
+
+    def _with(self, numbers: Sequence[float]) -> Measurement:
+        named: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
+        return replace(self, **{**named, "hvps": int(named["hvps"])})
 
     def times(self, weight: float) -> Measurement:
         """Of a loss `weight` times as large."""
@@ -75,9 +82,14 @@ class Measurement:
         """The same on every rank: the mean over ranks. A failure on one rank is a failure on all."""
         if distributed.world_size() == 1:
             return self
-        ratio, residual, sharpness, cost = distributed.agree([self.ratio, self.residual, self.sharpness, self.cost], device)
-        reason = self.reason if math.isfinite(ratio) else self.reason or "the probe failed on another rank"
-        return replace(self, ratio=ratio, residual=residual, sharpness=sharpness, cost=cost, reason=reason)
+        agreed = distributed.agree([float(getattr(self, name)) for name in _NUMBERS], device)
+        found = self._with(agreed)
+        return (
+            found if math.isfinite(found.ratio) else replace(found, reason=self.reason or "it failed on another rank")
+        )
+
+
+_NUMBERS = [field.name for field in fields(Measurement) if field.name != "reason"]
 
 
 def failed(reason: str, cost: float = 0.0) -> Measurement:
@@ -150,17 +162,11 @@ class SharpnessEstimator:
 
     def measure_on(self, operator: HessianOperator, seed: int) -> Measurement:
         """One probe on a Hessian that is there already."""
-        params, inner = operator.params, operator.inner
+        params = operator.params
         root, shift, sign = self.scaling(params)
-        scaled = ScaledOperator(operator, root, shift, sign)
-        start = self._start(root, params, inner, seed)
-        if self.steps == 1:
-            result = _power_step(scaled, start)
-        else:
-            steps = 2 * self.steps if self.vector is None else self.steps
-            result = self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0)
-        if math.isfinite(result.eigenvalue):
-            self.vector = result.eigenvector
+        relative_update = self._relative_update(params, root)
+        result = self._solve(ScaledOperator(operator, root, shift, sign), params, seed)
+        self.vector = result.eigenvector if math.isfinite(result.eigenvalue) else None
         rate, threshold = self._reference()
         share = self._momentum_share()
         ratio = result.eigenvalue * share
@@ -173,7 +179,20 @@ class SharpnessEstimator:
             cost=operator.cost,
             reason="" if math.isfinite(result.eigenvalue) else "the probe was not finite",
             momentum_share=share,
+            relative_update=relative_update,
         )
+
+    def _solve(self, scaled: ScaledOperator, params: Sequence[Tensor], seed: int) -> EigenResult:
+        """From cold, twice the steps. Warm, with two products, on directions chosen before this batch was seen."""
+        cold = self.vector is None or [v.shape for v in self.vector] != [r.shape for r in scaled.root]
+        if self.solve is lanczos and self.steps == 2 and not cold:
+            vector, self.vector = self.vector, None
+            assert vector is not None
+            return ritz_step(scaled, vector, lambda: self._update(params, scaled.root))
+        start = self._start(scaled.root, params, scaled.inner, seed)
+        if self.steps == 1:
+            return power_step(scaled, start)
+        return self.solve(scaled, start=start, steps=2 * self.steps if cold else self.steps, tol=0.0, noise=0.0)
 
     def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
         """Continue from a saved eigenvector; zeros or gaps mean that there was none."""
@@ -198,6 +217,8 @@ class SharpnessEstimator:
             for p, d in zip(members, scale, strict=True):
                 root[known[id(p)]] = d.div_(left).clamp_(min=0.0).sqrt_()
                 shift[known[id(p)]] = self.rule.coupled_decay(group)
+        if self.rule.preconditioner is not None:
+            torch._foreach_mul_(root, significant([dense_gradient(p) for p in params]))
         sign = -1.0 if self.optimizer.param_groups[0].get("maximize", False) else 1.0
         return root, shift, sign
 
@@ -217,12 +238,29 @@ class SharpnessEstimator:
         Noise with the gradient's magnitudes is zero in rows that the loss does not reach, where an adaptive D is
         enormous and plain noise would drown a finite difference.
         """
-        update = [dense_gradient(p) * r for p, r in zip(params, root, strict=True)]
+        update = self._update(params, root)
         if self.vector is None or [v.shape for v in self.vector] != [r.shape for r in root]:
             return update
         length = math.sqrt(inner(update, update))
         torch._foreach_mul_(update, [noise.sign_() for noise in random_like(root, seed)])
         return add_(self.vector, update, WARM_START_NOISE / length if length > 0 else 0.0)
+
+    def _update(self, params: Sequence[Tensor], root: Vector) -> Vector:
+        """D^½ g: the direction of the coming step, without momentum, in the coordinates of D^½ H D^½."""
+        return list(torch._foreach_mul([dense_gradient(p) for p in params], root))
+
+    def _relative_update(self, params: Sequence[Tensor], root: Vector) -> float:
+        """Median over weight matrices of ‖η P⁻¹ g‖ / ‖θ‖; 0 if there is none."""
+        matrices = [(p, r) for p, r in zip(params, root, strict=True) if p.dim() > 1 and p.numel()]
+        if not matrices:
+            return 0.0
+        _, threshold = self._reference()
+        updates = torch._foreach_mul(
+            self._update([p for p, _ in matrices], [r for _, r in matrices]), [r for _, r in matrices]
+        )
+        sizes = torch._foreach_norm(locals_of([p for p, _ in matrices]))
+        ratios = [float(u) / max(float(w), 1e-30) for u, w in zip(torch._foreach_norm(updates), sizes, strict=True)]
+        return statistics.median(ratios) * threshold * self._momentum_share()
 
     def _reference(self) -> tuple[float, float]:
         """Rate and threshold of the first group with a rate above 0."""
@@ -231,24 +269,6 @@ class SharpnessEstimator:
             if learning_rate(group) > 0:
                 return learning_rate(group), self.rule.threshold(group)
         return 0.0, self.rule.threshold(self.optimizer.param_groups[0])
-
-
-def _power_step(operator: ScaledOperator, start: Vector) -> EigenResult:
-    """One product: the Rayleigh quotient of `start`, and, for the next probe, the vector one power step on.
-
-    The shift (‖Av‖ − vᵀAv)/2 keeps a dominant negative eigenvalue from taking over, as in `power_iteration`.
-    """
-    length = math.sqrt(operator.inner(start, start))
-    if not (math.isfinite(length) and length > 0.0):
-        return lanczos(operator, start=start, steps=1)
-    scale_(start, 1.0 / length)
-    product = operator.matvec(start)
-    value, size = operator.inner(start, product), math.sqrt(operator.inner(product, product))
-    residual = math.sqrt(max(size * size - value * value, 0.0))
-    add_(product, start, max((size - value) / 2, 0.0))
-    length = math.sqrt(operator.inner(product, product))
-    following = scale_(product, 1.0 / length) if math.isfinite(length) and length > 0.0 else start
-    return EigenResult(value, following, residual, 1, False)
 
 
 def _local_state(state: dict[str, object]) -> dict[str, object]:

@@ -171,9 +171,7 @@ class HessianOperator:
     def __enter__(self) -> HessianOperator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     def _cheapest(self) -> str:
@@ -215,9 +213,7 @@ class HessianOperator:
         if self._size is None:  # the parameters do not move while the operator lives
             self._size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
         precision = self.replay.precision / torch.finfo(torch.float32).eps
-        step = (
-            min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
-        )
+        step = min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
         return step / length if math.isfinite(length) and length > 0.0 else 0.0
 
     def _gradient(self) -> Vector:
@@ -262,8 +258,7 @@ class HessianOperator:
         def product(tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tangent: Any = torch.func.jvp(torch.func.grad(loss), (params,), (tangents,))[1]
             return tuple(
-                t if isinstance(t, Tensor) else torch.zeros_like(p)
-                for t, p in zip(tangent, params, strict=True)
+                t if isinstance(t, Tensor) else torch.zeros_like(p) for t, p in zip(tangent, params, strict=True)
             )
 
         with self.replay.untouched(), twice_differentiable(), _without_mkldnn():
@@ -284,9 +279,7 @@ class ScaledOperator:
         sign: −1 where the optimizer maximises.
     """
 
-    def __init__(
-        self, operator: HessianOperator, root: Vector, shift: Sequence[float] = (), sign: float = 1.0
-    ) -> None:
+    def __init__(self, operator: HessianOperator, root: Vector, shift: Sequence[float] = (), sign: float = 1.0) -> None:
         self.operator, self.root, self.sign = operator, root, sign
         self.shift = list(shift) or [0.0] * len(root)
 
@@ -326,18 +319,14 @@ class Substitute(TorchFunctionMode):
             return args[0]
         if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
             args = (args[0], None, None, *args[3:])
-        if (
-            func is F.mse_loss and len(args) > 1
-        ):  # torch 2.13: its second derivative forbids a constant target
+        if func is F.mse_loss and len(args) > 1:  # torch 2.13: its second derivative forbids a constant target
             args = (args[0], args[1] + 0 * args[0], *args[2:])
         if func is F.instance_norm and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
             args = (args[0], None, None, *args[3:])
         return func(*tree_map_only(Tensor, swap, args), **tree_map_only(Tensor, swap, kwargs))
 
 
-def _connected_gradient(
-    loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
-) -> tuple[Tensor, ...]:
+def _connected_gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
     """∇loss with zeros for parameters that it does not depend on."""
     check_loss(loss)
     check_graph(loss)
@@ -379,9 +368,7 @@ def _check(params: Sequence[Tensor], method: str) -> None:
     for index, p in enumerate(params):
         what = f"params[{index}] of shape {tuple(p.shape)}"
         if p.is_complex():
-            raise ValueError(
-                f"{what} is complex: curvature is defined for real parameters; use torch.view_as_real"
-            )
+            raise ValueError(f"{what} is complex: curvature is defined for real parameters; use torch.view_as_real")
         if p.device.type == "meta":
             raise ValueError(f"{what} is on the meta device: materialise the model (to_empty and load) first")
         if not p.requires_grad:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from warmctl import checkpoint, checks, distributed
 from warmctl.cadence import Cadence
 from warmctl.capture import GradientWatch
-from warmctl.controller import Controller, Reading
+from warmctl.controller import Controller, Reading, Signals
 from warmctl.estimator import Measurement, SharpnessEstimator, failed
 from warmctl.history import History
 from warmctl.operators import METHODS
@@ -182,6 +182,7 @@ class AdaptiveWarmup(Optimizer):
             loss.backward()  # type: ignore[no-untyped-call]
         else:
             self._backward_on_graph(loss, lambda keep: loss.backward(retain_graph=keep))  # type: ignore[no-untyped-call]
+
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
         if self.prober.loss_fn is None:
@@ -225,9 +226,15 @@ class AdaptiveWarmup(Optimizer):
             part.load_state_values(numbers[:size])
             numbers = numbers[size:]
         size = len(numbers) // 2
-        self.last, self._reading = Measurement.from_values(numbers[:size]), Measurement.from_values(numbers[size:])
+        self.last, self._reading = (
+            Measurement.from_values(numbers[:size]),
+            Measurement.from_values(numbers[size:]),
+        )
         self._delayed = torch.tensor([self.counts.loss, self.counts.norm], dtype=torch.float64)
-        self.estimator.method, self.prober.closure_replays = METHODS[int(self.counts.method)], self.counts.replays
+        self.estimator.method, self.prober.closure_replays = (
+            METHODS[int(self.counts.method)],
+            self.counts.replays,
+        )
         self.estimator.load_vector(trainable, self._params())
         self._publish("resumed", recorded=False)
         checkpoint.announce(self.base, self._numbers())
@@ -245,7 +252,7 @@ class AdaptiveWarmup(Optimizer):
             probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
 
     def _deciding(self, closure: Closure) -> Closure:
-        """The closure handed to the wrapped optimizer: its first evaluation decides the step, before the rates are read."""
+        """The closure for the wrapped optimizer: its first evaluation decides the step, before the rates are read."""
         called = False
 
         def evaluate() -> Any:
@@ -277,7 +284,9 @@ class AdaptiveWarmup(Optimizer):
             try:
                 with torch.enable_grad(), intercept_backward(backward):
                     loss = closure()
-                checks.returned_loss(loss, any(p.grad is not None for p in params), left is not None or not before.hold())
+                checks.returned_loss(
+                    loss, any(p.grad is not None for p in params), left is not None or not before.hold()
+                )
                 value = (
                     loss.detach() if isinstance(loss, Tensor) else None if loss is None else torch.tensor(float(loss))
                 )
@@ -310,11 +319,13 @@ class AdaptiveWarmup(Optimizer):
         found = None if broken else self._measure(due, evaluation, params)
         if found is not None and self.rule is not None:
             found = self._account(found)
-        reading = None if found is None else Reading(found.ratio, found.momentum_share, found.reason)
+        reading = None
+        if found is not None:
+            reading = Reading(found.ratio, found.momentum_share, found.relative_update, found.reason)
         if broken:
             reading = Reading(math.nan, reason="the loss or its gradient is not finite")
         was = self.phase
-        decision = self.controller.update(rate, reading)
+        decision = self.controller.update(rate, reading, Signals(self.cadence.surprise, self.cadence.losing))
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
         if self.phase != was:
@@ -460,7 +471,12 @@ class AdaptiveWarmup(Optimizer):
             warnings.warn(f"warmctl: a probe failed, the learning rate is held: {reason}", RuntimeWarning, stacklevel=4)
 
     def _publish(
-        self, reason: str, loss: float = math.nan, probed: bool = False, ratio: float = math.nan, recorded: bool = True
+        self,
+        reason: str,
+        loss: float = math.nan,
+        probed: bool = False,
+        ratio: float = math.nan,
+        recorded: bool = True,
     ) -> None:
         counts, last, group = self.counts, self.last, self.param_groups[0]
         scale = self.controller.state.scale if self.control else 1.0

@@ -218,9 +218,7 @@ def _draw_rate(axis: Axes, runs: list[_Run]) -> None:
     values = []
     for run, scheduled in zip(runs, schedules, strict=True):
         values += [run["lr"], scheduled]
-        axis.plot(
-            *_thin(run.steps, run["lr"]), color=run.colour, linewidth=1.5, zorder=run.layer, gid="applied"
-        )
+        axis.plot(*_thin(run.steps, run["lr"]), color=run.colour, linewidth=1.5, zorder=run.layer, gid="applied")
         if np.isfinite(scheduled).any():
             colour = MUTED if shared else run.colour
             curve = _thin(run.steps, scheduled)

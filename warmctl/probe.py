@@ -1,7 +1,7 @@
 """One probe: from whatever source of the loss there is to a Measurement, whatever goes wrong on the way.
 
-Sources, in this order: the closure given to `step`; an observed batch with `loss_fn`; the model's own loss, captured from
-its last forward. A probe that fails is a Measurement with a reason: nothing that goes wrong in here reaches training.
+Sources, in this order: the closure given to `step`; an observed batch with `loss_fn`; the model's own loss, captured
+from its last forward. A probe that fails is a Measurement with a reason: nothing that goes wrong in here reaches training.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from warmctl.replay import Closure, NotReplayable, RandomState, Replay, check_lo
 from warmctl.vectors import Vector, add_, dense_gradient, locals_of
 
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
-  opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns the loss; or
+  opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns it; or
   opt.backward(loss)     in place of loss.backward(); or
   opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)."""
 NOT_CAPTURED = (
     "the model's own loss is not what is trained on: its gradient is not the gradient of the step. Give opt.step() a "
     "closure, or call opt.backward(loss) in place of loss.backward()."
 )
+NOT_REPLAYABLE = (
+    "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn "
+    "and call opt.observe(batch) before opt.step()."
+)
 EXACT, CLOSE = 1.0, 0.5
 """How a repeated gradient compares with that of the step: the same, or the same but for clipping or a small term."""
 Result = TypeVar("Result")
-NOT_REPLAYABLE = (
-    "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before "
-    "opt.step()."
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RealisedUpdate:
-    """What is needed to measure along an update once it is made: the loss, the parameters and the gradient before it."""
+    """What is needed to measure along an update once it is made: loss, parameters and gradient before it."""
 
     replay: Replay
     before: Vector
@@ -89,13 +89,18 @@ class Prober:
     """Finds a loss that can be repeated and measures on it."""
 
     def __init__(
-        self, model: nn.Module, estimator: SharpnessEstimator, loss_fn: Callable[[nn.Module, Any], Tensor] | None
+        self,
+        model: nn.Module,
+        estimator: SharpnessEstimator,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     ) -> None:
         self.model, self.estimator, self.loss_fn = model, estimator, loss_fn
         self.capture = ModelCapture(model)
         self.observed: tuple[Any, RandomState] | None = None
         self.closure_replays = -1.0  # EXACT, CLOSE or 0 once tried
-        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # for frameworks that keep state of their own
+        self.around: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext  # for frameworks that keep state of their own
+        )
         self._evaluations = 0
         self.why_no_source = "there is no loss that can be evaluated again"
 
@@ -110,7 +115,7 @@ class Prober:
         return self.observed is not None or (repeats and self.closure_replays != 0.0)
 
     def probe(self, evaluation: Evaluation, params: list[Tensor], seed: int) -> Measurement:
-        """Measure the coming step. Cost: the estimator's; 1 more at the first, to see that the closure can be repeated."""
+        """Measure the coming step. Cost: the estimator's; 1 more at the first, to see if the closure can be repeated."""
 
         def measure() -> Measurement:
             source = self._checked_source(evaluation, params)
@@ -132,7 +137,9 @@ class Prober:
             with operator:
                 return self.estimator.measure_on(operator, seed)
         except Exception as error:
-            return failed(f"{first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead")
+            return failed(
+                f"{first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead"
+            )
 
     def before_update(self, evaluation: Evaluation, params: list[Tensor]) -> RealisedUpdate | Measurement:
         """Begin to measure along the update about to be made, for rules without a threshold; see `RealisedUpdate`.
@@ -187,7 +194,11 @@ class Prober:
         """A replay, its gradient at the present parameters if it is at hand, and its weight in the whole loss."""
         present = [dense_gradient(p) for p in params] if evaluation.untouched else None
         if evaluation.closure is not None and self.closure_replays > 0.0:
-            return self._replay(evaluation.closure, params, evaluation.random_state), present, evaluation.weight
+            return (
+                self._replay(evaluation.closure, params, evaluation.random_state),
+                present,
+                evaluation.weight,
+            )
         if self.observed is not None and self.loss_fn is not None:
             batch, random_state = self.observed
             loss_fn = self.loss_fn
@@ -242,7 +253,9 @@ class Prober:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            what = str(error) if isinstance(error, NotReplayable) else f"evaluating it again failed: {first_line(error)}"
+            what = (
+                str(error) if isinstance(error, NotReplayable) else f"evaluating it again failed: {first_line(error)}"
+            )
             self.why_no_source = NOT_REPLAYABLE.format(error=what)
             agreed = 0.0
         self.closure_replays = float(distributed.agree([agreed], params[0].device)[0] == 1.0)

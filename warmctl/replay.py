@@ -31,9 +31,7 @@ from warmctl.vectors import Vector, add_, dot, local, locals_of
 Closure = Callable[[], Any]
 
 
-NO_BACKWARD = (
-    "the closure did not call backward(): it must compute the loss, call loss.backward() and return it"
-)
+NO_BACKWARD = "the closure did not call backward(): it must compute the loss, call loss.backward() and return it"
 
 
 class NotReplayable(RuntimeError):
@@ -70,9 +68,7 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     shared = [(g, g.clone()) for g in grads if g is not None and g._is_view()]  # DDP reuses its buckets
     modules = list(module.modules()) if module is not None else []
     modes = [m.training for m in modules]
-    buffers = [
-        (m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None
-    ]
+    buffers = [(m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     try:
         for p in params:
             p.grad = None
@@ -86,9 +82,7 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
         for m, mode in zip(modules, modes, strict=True):
             m.training = mode
         for m, name, buffer, value in buffers:
-            buffer.data.copy_(
-                value
-            )  # .data: no new version, a graph of the caller's that saved it stays valid
+            buffer.data.copy_(value)  # .data: no new version, a graph of the caller's that saved it stays valid
             m._buffers[name] = buffer
         random_state.restore()
 
@@ -245,9 +239,7 @@ class Replay:
         """`loss` without putting anything back: for use inside `untouched`, and in torch.func transforms."""
         parts: list[Tensor] = []
 
-        def keep(
-            _: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
-        ) -> None:
+        def keep(_: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
             outputs = _as_list(tensors)
             weights = [None] * len(outputs) if grad_tensors is None else _as_list(grad_tensors)
             for output, weight in zip(outputs, weights, strict=True):

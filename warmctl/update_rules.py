@@ -393,18 +393,14 @@ _ADAM = UpdateRule(
 _GRADIENT_DESCENT = UpdateRule(edge=_plain_edge, coupled_decay=_decay)
 
 _RULES: dict[type, UpdateRule] = {
-    torch.optim.SGD: replace(
-        _GRADIENT_DESCENT, edge=_sgd_edge, momentum_share=_sgd_share, tolerates_overshoot=True
-    ),
+    torch.optim.SGD: replace(_GRADIENT_DESCENT, edge=_sgd_edge, momentum_share=_sgd_share, tolerates_overshoot=True),
     torch.optim.ASGD: replace(
         _GRADIENT_DESCENT,
         preconditioner=_asgd_preconditioner,
         coupled_decay=_asgd_decay,
         tolerates_overshoot=True,
     ),
-    torch.optim.RMSprop: replace(
-        _GRADIENT_DESCENT, edge=_rmsprop_edge, preconditioner=_rmsprop_preconditioner
-    ),
+    torch.optim.RMSprop: replace(_GRADIENT_DESCENT, edge=_rmsprop_edge, preconditioner=_rmsprop_preconditioner),
     torch.optim.Adagrad: replace(_GRADIENT_DESCENT, preconditioner=_adagrad_preconditioner),
     torch.optim.Adadelta: replace(_GRADIENT_DESCENT, preconditioner=_adadelta_preconditioner),
     torch.optim.Adam: _ADAM,

@@ -54,9 +54,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 def random_like(template: Sequence[Tensor], seed: int) -> Vector:
     """Standard normal vector from generators of its own: the global random streams are not touched."""
     generators = {t.device: torch.Generator(t.device).manual_seed(seed) for t in template}
-    return [
-        torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generators[t.device]) for t in template
-    ]
+    return [torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generators[t.device]) for t in template]
 
 
 @torch.no_grad()

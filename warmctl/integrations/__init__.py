@@ -17,9 +17,7 @@ def unwrap(optimizer: Any) -> AdaptiveWarmup:
     while not isinstance(inner, AdaptiveWarmup) and hasattr(inner, "optimizer"):
         inner = inner.optimizer
     if not isinstance(inner, AdaptiveWarmup):
-        raise TypeError(
-            f"the optimizer is no AdaptiveWarmup but {type(inner).__name__}: there is no warmup to log"
-        )
+        raise TypeError(f"the optimizer is no AdaptiveWarmup but {type(inner).__name__}: there is no warmup to log")
     return inner
 
 

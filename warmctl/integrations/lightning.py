@@ -14,9 +14,7 @@ try:
     from lightning.pytorch.loops.optimization.automatic import Closure
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError(
-        "warmctl.integrations.lightning needs lightning: pip install 'warmctl[lightning]'"
-    ) from error
+    raise ImportError("warmctl.integrations.lightning needs lightning: pip install 'warmctl[lightning]'") from error
 
 from warmctl.integrations import scalars, unwrap
 

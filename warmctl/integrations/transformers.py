@@ -17,9 +17,7 @@ from warmctl.integrations import scalars
 class WarmupLogger(TrainerCallback):
     """Adds the wrapper's metrics to the Trainer's logs, as "warmup/scale" and so on; see `log_warmup`."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:  # not those of an evaluation
             found = scalars(kwargs["optimizer"])
             logs.update(found)
