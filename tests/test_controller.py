@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from warmctl.cadence import Cadence
-from warmctl.controller import FLOOR, UNMEASURED, Controller, Decision, Reading
+from warmctl.controller import EVIDENCE, FLOOR, RAMP, UNMEASURED, Controller, Decision, Reading, Signals
 
 Curve = Callable[[int], float]
 STEPS = 600
@@ -111,8 +111,9 @@ def test_far_below_the_limit_growth_makes_up_for_the_missing_decades() -> None:
     for controller, later in ((one, 2e3), (two, 5.0)):
         controller.update(1.0, Reading(5e3))
         controller.update(1.0, Reading(later))
-    assert one.state.scale == pytest.approx(2e-4)
-    assert two.state.scale == pytest.approx(1e-4 * 2 ** (2 * 3))
+        controller.update(1.0, Reading(later))
+    assert one.state.scale == pytest.approx(2.5e-4)  # where the ratio meets the target
+    assert two.state.scale == pytest.approx(1e-4 * 4 * 4)  # by more than evidence allows in a step
 
 
 def test_the_schedule_scales_the_forecast() -> None:
@@ -127,6 +128,41 @@ def test_the_schedule_scales_the_forecast() -> None:
 
 def test_momentum_that_is_still_filling_lowers_the_limit() -> None:
     assert Controller().update(1.0, Reading(1.0, share=0.1)).scale == pytest.approx(0.05)
+
+
+def test_the_relative_change_of_the_weights_ramps_up() -> None:
+    controller = Controller()
+    scales = [controller.update(1.0, Reading(0.01, relative_update=0.5)).scale for _ in range(300)]
+    assert scales[0] == pytest.approx(RAMP / 0.5) and scales[99] == pytest.approx(100 * RAMP / 0.5)
+    assert scales[-1] == 1.0
+
+
+def test_no_growth_beyond_the_evidence() -> None:
+    controller = Controller()
+    controller.update(1.0, Reading(50.0))
+    assert controller.update(1.0, Reading(0.05)).scale == pytest.approx(0.01 * EVIDENCE)
+    for _ in range(300):
+        decision = controller.update(1.0)
+    assert decision.scale == pytest.approx(0.01 * EVIDENCE**2)
+
+
+def test_no_growth_while_the_loss_is_losing_ground() -> None:
+    controller = Controller()
+    start = controller.update(1.0, Reading(5.0)).scale
+    for _ in range(20):
+        decision = controller.update(1.0, Reading(0.5), Signals(losing=True))
+    assert decision.scale == start
+
+
+def test_a_surprising_gradient_near_the_edge_shortens_the_step_for_a_while() -> None:
+    near, far = Controller(), Controller()
+    for controller, ratio in ((near, 0.4), (far, 0.004)):
+        assert controller.update(1.0, Reading(ratio)).scale == 1.0
+        controller.update(1.0, None, Signals(surprise=8.0))
+    assert near.state.shortening == pytest.approx(0.25)
+    assert far.state.shortening == 1.0
+    decisions = [near.update(1.0) for _ in range(20)]
+    assert 0.25 < decisions[0].scale < decisions[5].scale < decisions[-1].scale == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -151,9 +151,9 @@ class GradientWatch:
     """
 
     def __init__(self, params: list[Tensor]) -> None:
-        self.param = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
+        self.param: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
         self.clear()
-        self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)
+        self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """A step was made: the next gradient begins."""

@@ -1,8 +1,8 @@
 """The wrapper's state inside the optimizer's own state dict, in a form that every checkpoint format carries.
 
 torch.distributed.checkpoint keeps only `state` and `param_groups`. So the numbers travel as one float64 tensor in the
-first group and the eigenvector as one more entry beside each parameter's moments. The latter is there even before the first
-probe (zeros): a sharded checkpoint is read into the structure that a fresh wrapper announces.
+first group and the eigenvector as one more entry beside each parameter's moments. The latter is there even before the
+first probe (zeros): a sharded checkpoint is read into the structure that a fresh wrapper announces.
 """
 
 from __future__ import annotations

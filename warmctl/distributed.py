@@ -61,6 +61,24 @@ def agree(values: Sequence[float], device: torch.device) -> list[float]:
     return mean
 
 
+def norms(params: Sequence[Tensor], vector: Vector) -> list[float]:
+    """The norm of each tensor of a parameter-shaped vector, over all its shards."""
+    squares = [dot([v], [v]) for v in vector]
+    if is_sharded(params):
+        weighted = [square * weight for square, weight in zip(squares, _shard_weights(params), strict=True)]
+        squares = [mean * world_size() for mean in agree(weighted, local(params[0]).device)]
+    return [math.sqrt(square) for square in squares]
+
+
+def largest(value: float, device: torch.device) -> float:
+    """Maximum over ranks."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
 def inner_product(params: Sequence[Tensor]) -> Callable[[Vector, Vector], float]:
     """The inner product of parameter-shaped vectors: local, or summed over the shards of all ranks."""
     if not is_sharded(params):

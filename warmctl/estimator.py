@@ -218,7 +218,9 @@ class SharpnessEstimator:
                 root[known[id(p)]] = d.div_(left).clamp_(min=0.0).sqrt_()
                 shift[known[id(p)]] = self.rule.coupled_decay(group)
         if self.rule.preconditioner is not None:
-            torch._foreach_mul_(root, significant([dense_gradient(p) for p in params]))
+            gradient = [dense_gradient(p) for p in params]
+            largest = max((float(g.abs().max()) for g in gradient if g.numel()), default=0.0)
+            torch._foreach_mul_(root, significant(gradient, distributed.largest(largest, root[0].device)))
         sign = -1.0 if self.optimizer.param_groups[0].get("maximize", False) else 1.0
         return root, shift, sign
 
@@ -254,12 +256,12 @@ class SharpnessEstimator:
         matrices = [(p, r) for p, r in zip(params, root, strict=True) if p.dim() > 1 and p.numel()]
         if not matrices:
             return 0.0
+        matrix_params, matrix_root = [p for p, _ in matrices], [r for _, r in matrices]
+        updates = list(torch._foreach_mul(self._update(matrix_params, matrix_root), matrix_root))
+        changes = distributed.norms(matrix_params, updates)
+        sizes = distributed.norms(matrix_params, locals_of(matrix_params))
+        ratios = [change / max(size, 1e-30) for change, size in zip(changes, sizes, strict=True)]
         _, threshold = self._reference()
-        updates = torch._foreach_mul(
-            self._update([p for p, _ in matrices], [r for _, r in matrices]), [r for _, r in matrices]
-        )
-        sizes = torch._foreach_norm(locals_of([p for p, _ in matrices]))
-        ratios = [float(u) / max(float(w), 1e-30) for u, w in zip(torch._foreach_norm(updates), sizes, strict=True)]
         return statistics.median(ratios) * threshold * self._momentum_share()
 
     def _reference(self) -> tuple[float, float]:

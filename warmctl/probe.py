@@ -1,7 +1,8 @@
 """One probe: from whatever source of the loss there is to a Measurement, whatever goes wrong on the way.
 
 Sources, in this order: the closure given to `step`; an observed batch with `loss_fn`; the model's own loss, captured
-from its last forward. A probe that fails is a Measurement with a reason: nothing that goes wrong in here reaches training.
+from its last forward. A probe that fails is a Measurement with a reason: nothing that goes wrong in here reaches
+training.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Prober:
         return self.observed is not None or (repeats and self.closure_replays != 0.0)
 
     def probe(self, evaluation: Evaluation, params: list[Tensor], seed: int) -> Measurement:
-        """Measure the coming step. Cost: the estimator's; 1 more at the first, to see if the closure can be repeated."""
+        """Measure the coming step. Cost: the estimator's; 1 more at the first, to see that it can be repeated."""
 
         def measure() -> Measurement:
             source = self._checked_source(evaluation, params)
