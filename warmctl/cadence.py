@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
-GAP_NEAR, GAP_FAR, GAP_MOST = 0.15, 1.0, 50.0
+GAP_NEAR, GAP_FAR, GAP_MOST = 0.25, 1.0, 50.0
 """Steps between probes over the age of the run, at the target and a decade below it, and the most in warmup."""
 NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
@@ -21,8 +21,8 @@ LOSING = 2.0
 """Mean deviations by which the average loss may rise from its lowest before it is losing ground."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 26.0, 6.0
-"""Tokens at the start, and the part of later ones that is left to events."""
+BURST, RESERVE = 20.0, 6.0
+"""Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
 """Part of the budget, and factor on the gaps, once warmup has ended."""
 
@@ -51,7 +51,7 @@ class Cadence:
         budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst.
     """
 
-    def __init__(self, every: int | str = "auto", budget: float = 0.035) -> None:
+    def __init__(self, every: int | str = "auto", budget: float = 0.034) -> None:
         self.every, self.budget = every, budget
         self.state = CadenceState()
 
@@ -100,7 +100,7 @@ class Cadence:
             closeness: stability ratio over target after it; nan if it failed.
         """
         s = self.state
-        s.tokens -= cost
+        s.tokens -= 0.0 if s.last_probe < 0 else cost
         s.last_probe = s.age
         far = 0.0 if math.isnan(closeness) else min(max(-math.log10(max(closeness, 1e-9)), 0.0), 1.0)
         s.gap = min(max((GAP_NEAR + (GAP_FAR - GAP_NEAR) * far) * s.age, 1.0), GAP_MOST)

@@ -31,6 +31,8 @@ HIGHER, RECOVERED, PATIENCE = 1.1, 0.9, 4.0
 """A new high is so much higher; the end waits for a scale cut since then to come back this far, up to this age."""
 DECADE_POWER = 2.0
 """Power of the growth law for each decade that the stability ratio is below target."""
+LARGEST_FALL = 0.01
+"""A reading counts as no less than this part of the forecast."""
 EVIDENCE = 4.0
 """Largest scale over that of the last reading."""
 RAMP = 0.002
@@ -158,7 +160,7 @@ class Controller:
             return self._end(rate, f"probe failed, scale held: {reading.reason}")
         if reading is not None:
             s.readings += 1
-            s.forecast, s.share = max(reading.ratio, 0.0) / rate, reading.share
+            s.forecast, s.share = self._forecast(max(reading.ratio, 0.0) / rate), reading.share
             s.relative_update = reading.relative_update / rate
         if math.isnan(s.forecast):
             return self._end(rate)
@@ -167,6 +169,16 @@ class Controller:
         if signals.surprise > SURPRISE and s.scale > NEAR * carried:
             s.shortening = min(s.shortening, SURPRISE / signals.surprise)
         return self._end(rate, reason)
+
+    def _forecast(self, curvature: float) -> float:
+        """Rising counts at once; a fall counts half in log, and as one of two decades at most.
+
+        A Ritz value is a lower bound: a low one, or one below 0, may only mean that the probe looked elsewhere.
+        """
+        before = self.state.forecast
+        if math.isnan(before) or curvature >= before:
+            return curvature
+        return math.sqrt(before * max(curvature, before * LARGEST_FALL))
 
     def _move(self, carried: float, rate: float, probed: bool, losing: bool) -> str:
         """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.

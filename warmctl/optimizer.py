@@ -68,7 +68,7 @@ class AdaptiveWarmup(Optimizer):
         target: float = 0.5,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         every: int | str = "auto",
-        budget: float = 0.035,
+        budget: float = 0.034,
         hvp: str = "auto",
         estimator: str = "lanczos",
         probe_steps: int = 2,
