@@ -55,6 +55,14 @@ def test_auto_never_spends_more_than_burst_and_budget(cost: float, budget: float
         assert spent <= cost + BURST + budget * step
 
 
+def test_accumulated_gradients_earn_as_many_tokens() -> None:
+    one, eight = Cadence(), Cadence()
+    one.state.tokens = eight.state.tokens = 0.0
+    one.due(1.0, 1.0, 2.0, False)
+    eight.due(1.0, 1.0, 2.0, False, 8)
+    assert eight.state.tokens == pytest.approx(8 * one.state.tokens)
+
+
 def test_guarding_costs_a_fifth() -> None:
     cadence = Cadence(budget=0.05)
     run(cadence, 2000, norm=1.0)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from warmctl.cadence import Cadence
-from warmctl.controller import EVIDENCE, FLOOR, RAMP, UNMEASURED, Controller, Decision, Reading, Signals
+from warmctl.controller import EVIDENCE, FLOOR, PATIENT_STEPS, RAMP, UNMEASURED, Controller, Decision, Reading, Signals
 
 Curve = Callable[[int], float]
 STEPS = 600
@@ -167,14 +167,15 @@ def test_no_growth_while_the_loss_is_losing_ground() -> None:
 
 
 def test_a_surprising_gradient_near_the_edge_shortens_the_step_for_a_while() -> None:
-    near, far = Controller(), Controller()
-    for controller, ratio in ((near, 0.4), (far, 0.004)):
+    near, far, wild = Controller(), Controller(), Controller()
+    for controller, ratio, surprise in ((near, 0.4, 3.0), (far, 0.004, 3.0), (wild, 0.4, 1e6)):
         assert controller.update(1.0, Reading(ratio)).scale == 1.0
-        controller.update(1.0, None, Signals(surprise=8.0))
-    assert near.state.shortening == pytest.approx(0.25)
+        controller.update(1.0, None, Signals(surprise=surprise))
+    assert near.state.shortening == pytest.approx(2 / 3)
     assert far.state.shortening == 1.0
+    assert wild.state.shortening == pytest.approx(0.1)
     decisions = [near.update(1.0) for _ in range(20)]
-    assert 0.25 < decisions[0].scale < decisions[5].scale < decisions[-1].scale == 1.0
+    assert 2 / 3 < decisions[0].scale < decisions[2].scale < decisions[-1].scale == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -186,12 +187,30 @@ def test_a_failed_probe_never_raises_the_scale(bad: float) -> None:
     assert "out of memory" in decision.reason
 
 
-def test_without_any_reading_the_scale_is_held_low_and_warmup_goes_on() -> None:
+def test_without_any_reading_the_scale_is_held_low_and_warmup_ends_in_the_end() -> None:
     controller = Controller()
-    for _ in range(STEPS):
+    for _ in range(PATIENT_STEPS):
+        assert controller.phase == "warmup"
         decision = controller.update(1.0, Reading(math.nan, reason="no"))
-    assert (decision.scale, decision.phase) == (UNMEASURED, "warmup")
-    assert math.isnan(decision.ratio)
+    assert (decision.scale, decision.phase) == (UNMEASURED, "guard")
+    assert math.isnan(decision.ratio) and "no probe succeeded" in decision.reason
+    assert controller.update(1.0, Reading(0.01)).scale == UNMEASURED  # guard only cuts
+
+
+def test_warmup_ends_although_probes_begin_to_fail() -> None:
+    controller = Controller()
+    controller.update(1.0, Reading(2.0))
+    for _ in range(100):
+        decision = controller.update(1.0, Reading(math.nan, reason="no"))
+    assert (decision.scale, decision.phase) == (0.25, "guard")
+
+
+def test_a_tolerant_rule_is_not_cut_for_a_mild_overshoot() -> None:
+    for tolerant, scale in ((True, 0.5), (False, 0.5 / 1.15)):
+        controller = Controller()
+        controller.update(1.0, Reading(1.0))
+        assert controller.update(1.0, Reading(1.15, tolerant=tolerant)).scale == pytest.approx(scale)
+        assert controller.update(1.0, Reading(2.0, tolerant=tolerant)).scale == pytest.approx(0.25)
 
 
 def test_guard_only_cuts() -> None:

@@ -59,17 +59,18 @@ class Cadence:
         """As at the start, from what is left of the budget."""
         self.state = CadenceState(tokens=self.state.tokens)
 
-    def due(self, loss: float, norm: float, cost: float, guarding: bool) -> str:
+    def due(self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> str:
         """Why to probe at this step, or "". Call it once a step.
 
         Args:
             loss, norm: of this step's gradient evaluation; nan if unknown.
             cost: what a probe is expected to cost, in gradient evaluations.
             guarding: whether warmup has ended.
+            gradients: evaluations that went into this step; more than one with gradient accumulation.
         """
         s = self.state
         s.age += 1
-        s.tokens = min(s.tokens + self.budget * (GUARD_SHARE if guarding else 1.0), BURST)
+        s.tokens = min(s.tokens + self.budget * gradients * (GUARD_SHARE if guarding else 1.0), BURST)
         event = self._event(loss, norm)
         since = s.age - s.last_probe
         if s.last_probe < 0:

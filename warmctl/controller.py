@@ -25,8 +25,8 @@ FLOOR = 1e-4
 """Smallest scale: a loop must not feed itself down to a standstill."""
 UNMEASURED = 1e-2
 """Scale before the first reading, and for good if no probe ever succeeds."""
-SETTLED_AGE, SETTLED_STEPS, SETTLED_READINGS = 1.5, 20, 2
-"""Warmup ends when the run is so many times as old as at its highest scale, so many steps and readings later."""
+SETTLED_AGE, SETTLED_STEPS, SETTLED_PROBES = 1.5, 20, 2
+"""Warmup ends when the run is so many times as old as at its highest scale, so many steps and probes later."""
 HIGHER, RECOVERED, PATIENCE = 1.1, 0.9, 4.0
 """A new high is so much higher; the end waits for a scale cut since then to come back this far, up to this age."""
 DECADE_POWER = 2.0
@@ -37,8 +37,14 @@ EVIDENCE = 4.0
 """Largest scale over that of the last reading."""
 RAMP = 0.002
 """Growth a step of the relative change of the weights that a step may make."""
-SURPRISE, NEAR, RECOVERY = 2.0, 0.1, 1.1
-"""A norm so many times its average shortens the step, where the ratio is so near target; and the way back a step."""
+SURPRISE, SURPRISE_FAR, NEAR = 2.0, 4.0, 0.1
+"""A norm so many times its average shortens the step: where the ratio is so near target, and where farther off."""
+SHORTEST, RECOVERY = 0.1, 1.1
+"""Least shortening, and the way back a step."""
+CATAPULT = 1.2
+"""Ratio over target up to which a rule that settles by itself, SGD, is not cut; an adaptive one is cut at once."""
+PATIENT_STEPS = 1000
+"""Steps after which warmup ends without a single successful probe, at the scale `UNMEASURED`."""
 RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
@@ -53,12 +59,14 @@ class Reading:
         ratio: r₁ at the full scheduled rate; not finite if the probe failed.
         share: the edge of this very step over the long-run edge, see `UpdateRule.momentum_share`.
         relative_update: ‖update‖ / ‖weights‖ of the coming step at the full rate, the median over weight matrices.
+        tolerant: the rule undoes a step a little over the edge by itself, see `UpdateRule.tolerates_overshoot`.
         reason: why it failed, or "".
     """
 
     ratio: float
     share: float = 1.0
     relative_update: float = 0.0
+    tolerant: bool = False
     reason: str = ""
 
     @property
@@ -111,9 +119,10 @@ class ControllerState:
     shortening: float = 1.0
     age: float = 0.0
     readings: float = 0.0
+    probes: float = 0.0
     highest: float = 0.0
     highest_age: float = 0.0
-    highest_readings: float = 0.0
+    highest_probes: float = 0.0
 
 
 class Controller:
@@ -132,6 +141,11 @@ class Controller:
     @property
     def phase(self) -> str:
         return PHASES[int(self.state.phase)]
+
+    @property
+    def applied(self) -> float:
+        """The scale of the last step: the controller's, shortened where that step's gradient called for it."""
+        return self.state.scale * self.state.shortening
 
     @property
     def moving(self) -> bool:
@@ -156,6 +170,7 @@ class Controller:
         if self.phase == "done":
             s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
             return self._decision(rate)
+        s.probes += reading is not None
         if reading is not None and not reading.ok:
             return self._end(rate, f"probe failed, scale held: {reading.reason}")
         if reading is not None:
@@ -165,9 +180,10 @@ class Controller:
         if math.isnan(s.forecast):
             return self._end(rate)
         carried = self.target * s.share / max(s.forecast * rate, 1e-30)
-        reason = self._move(carried, rate, reading is not None, signals.losing)
-        if signals.surprise > SURPRISE and s.scale > NEAR * carried:
-            s.shortening = min(s.shortening, SURPRISE / signals.surprise)
+        reason = self._move(carried, rate, reading, signals.losing)
+        allowed = SURPRISE if s.scale > NEAR * carried else SURPRISE_FAR
+        if signals.surprise > allowed:
+            s.shortening = min(s.shortening, max(allowed / signals.surprise, SHORTEST))
         return self._end(rate, reason)
 
     def _forecast(self, curvature: float) -> float:
@@ -180,25 +196,27 @@ class Controller:
             return curvature
         return math.sqrt(before * max(curvature, before * LARGEST_FALL))
 
-    def _move(self, carried: float, rate: float, probed: bool, losing: bool) -> str:
+    def _move(self, carried: float, rate: float, reading: Reading | None, losing: bool) -> str:
         """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
 
         Guard only cuts, and only on a reading.
         """
         s = self.state
+        first = reading is not None and s.readings == 1 and self.phase == "warmup"
+        slack = CATAPULT if reading is not None and reading.tolerant else 1.0
         before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
         limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else math.inf)
-        if s.readings == 1 and probed:
+        if first:
             s.scale = max(limit, FLOOR)
-        elif probed and carried < s.scale:
+        elif reading is not None and carried * slack < s.scale:
             s.scale = max(carried, FLOOR)
         elif self.phase == "warmup" and limit > s.scale and not losing:
             power = max(1.0, DECADE_POWER * math.log10(carried / s.scale))
             grown = s.scale * (s.age / max(s.age - 1, 1.0)) ** power
             s.scale = max(s.scale, min(limit, grown, EVIDENCE * s.probed_scale))
-        if probed:
+        if reading is not None:
             s.probed_scale = s.scale
-        if s.readings == 1 and probed:
+        if first:
             return f"started at scale {s.scale:.3g}"
         return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
 
@@ -217,10 +235,12 @@ class Controller:
         if self.max_warmup is not None and s.age >= self.max_warmup:
             return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
         if s.readings and (s.scale >= HIGHER * s.highest or s.scale >= 1.0 > s.highest):
-            s.highest, s.highest_age, s.highest_readings = s.scale, s.age, s.readings
+            s.highest, s.highest_age, s.highest_probes = s.scale, s.age, s.probes
         old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + SETTLED_STEPS)
         back = s.scale >= RECOVERED * s.highest or s.age >= PATIENCE * s.highest_age
-        if not (old and back and s.readings - s.highest_readings >= SETTLED_READINGS):
+        if not s.readings and s.age >= PATIENT_STEPS:
+            return f"no probe succeeded, the rate stays at {UNMEASURED:g} of the schedule"
+        if not (s.readings and old and back and s.probes - s.highest_probes >= SETTLED_PROBES):
             return ""
         if s.scale >= 1.0:
             return "full rate, and the stability ratio stayed below target"
@@ -228,7 +248,7 @@ class Controller:
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state
-        scale = s.scale * s.shortening
+        scale = self.applied
         ratio = scale * s.forecast * rate
         return Decision(scale, self.phase, ratio, ratio / (self.target * s.share), reason)
 

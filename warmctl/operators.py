@@ -56,6 +56,7 @@ class HessianOperator:
         gradient: ∇L(θ) if the caller has it; saves the finite difference one evaluation.
         central: use the central difference: twice the cost, error O(ε²).
         inner: inner product of two vectors; over all shards where the parameters are sharded.
+        step: of the finite difference, relative; `FD_STEP` if omitted.
 
     Attributes: `method` in use, `hvps` products made, `cost` gradient evaluations spent, `fallback` the
         reason why
@@ -73,13 +74,14 @@ class HessianOperator:
         gradient: Vector | None = None,
         central: bool = False,
         inner: Callable[[Vector, Vector], float] = dot,
+        step: float | None = None,
     ) -> None:
         self.params = list(params)
         _check(self.params, method)
         self.replay = loss if isinstance(loss, Replay) else Replay.of_loss(loss, self.params)
         self.gradient = gradient
         self.central = central
-        self.inner = inner
+        self.inner, self.step = inner, FD_STEP if step is None else step
         self.hvps, self.cost, self.fallback = 0, 0.0, ""
         self._graph: tuple[Tensor, ...] | None = None
         self._size: float | None = None
@@ -109,18 +111,24 @@ class HessianOperator:
         """Tensors of the shapes, dtypes and devices of the vectors: this process's part of the parameters."""
         return locals_of(self.params)
 
-    def matvec(self, vector: Vector) -> Vector:
-        """Hv, a new list of tensors of the shapes of `params`. Cost: see the class; counted in `cost`."""
+    def matvec(self, vector: Vector, scale: Vector | None = None) -> Vector:
+        """Hv, or H(scale ∘ v), a new list of tensors of the shapes of `params`.
+
+        A finite difference never holds scale ∘ v beside its snapshot: that saves the memory of one vector.
+
+        Cost: see the class; counted in `cost`.
+        """
         self.hvps += 1
         if self.method == "finite_difference":
             precise = self._precise()
-            product = self._finite_difference(vector)
+            product = self._finite_difference(vector, scale)
             if self._precise() == precise:
                 return product
             # Autocast has shown itself in this first evaluation: the step was too short for it.
             if not self._may_fall_back or self.fallback:
-                return self._finite_difference(vector)
+                return self._finite_difference(vector, scale)
             self.method = "double_backward"
+        vector = vector if scale is None else list(torch._foreach_mul(vector, scale))
         try:
             if self.method == "forward_over_reverse":
                 return self._forward_over_reverse([v[None] for v in vector])[0]
@@ -184,20 +192,20 @@ class HessianOperator:
         """Whether gradients are exact enough to be subtracted from each other."""
         return self.replay.precision <= torch.finfo(torch.float32).eps
 
-    def _finite_difference(self, vector: Vector) -> Vector:
+    def _finite_difference(self, vector: Vector, scale: Vector | None = None) -> Vector:
         if self.gradient is None and not self.central:
             self.gradient = self._gradient()
         shards = [local(p.data) for p in self.params]  # .data: graphs that saved these parameters stay valid
-        step = self._step(shards, vector)
+        step = self._step(shards, vector if scale is None else list(torch._foreach_mul(vector, scale)))
         if step == 0.0:
             return [torch.zeros_like(v) for v in vector]
         snapshot = [s.clone() for s in shards]
         try:
-            add_(shards, vector, step)
+            _move(shards, vector, scale, step)
             difference = self._gradient()
             if self.central:
                 torch._foreach_copy_(shards, snapshot)
-                add_(shards, vector, -step)
+                _move(shards, vector, scale, -step)
                 return scale_(add_(difference, self._gradient(), -1.0), 0.5 / step)
             assert self.gradient is not None
             return scale_(add_(difference, self.gradient, -1.0), 1.0 / step)
@@ -213,7 +221,7 @@ class HessianOperator:
         if self._size is None:  # the parameters do not move while the operator lives
             self._size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
         precision = self.replay.precision / torch.finfo(torch.float32).eps
-        step = min(FD_STEP * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
+        step = min(self.step * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
         return step / length if math.isfinite(length) and length > 0.0 else 0.0
 
     def _gradient(self) -> Vector:
@@ -293,10 +301,13 @@ class ScaledOperator:
     def matvec(self, vector: Vector) -> Vector:
         if not vector:
             return []
-        direction = list(torch._foreach_mul(vector, self.root))
-        product = scale_(self.operator.matvec(direction), self.sign)
+        product = self.operator.matvec(vector, self.root)
+        if self.sign != 1.0:
+            scale_(product, self.sign)
         if any(self.shift):
-            torch._foreach_add_(product, torch._foreach_mul(direction, self.shift))
+            direction = torch._foreach_mul(vector, self.root)
+            torch._foreach_mul_(direction, self.shift)
+            torch._foreach_add_(product, direction)
         torch._foreach_mul_(product, self.root)
         return product
 
@@ -351,6 +362,15 @@ def _without_mkldnn() -> Iterator[None]:
         yield
     finally:
         mkldnn.enabled = before
+
+
+@torch.no_grad()
+def _move(shards: Vector, vector: Vector, scale: Vector | None, step: float) -> None:
+    """shards += step · (scale ∘ vector) in place."""
+    if scale is None:
+        add_(shards, vector, step)
+    else:
+        torch._foreach_addcmul_(shards, vector, scale, value=step)
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from warmctl.operators import METHODS
 from warmctl.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
 from warmctl.replay import Closure, RandomState, intercept_backward
 from warmctl.update_rules import learning_rate, update_rule
-from warmctl.vectors import local, locals_of
+from warmctl.vectors import gathered, local, locals_of
 
 log = logging.getLogger("warmctl")
 
@@ -308,20 +308,22 @@ class AdaptiveWarmup(Optimizer):
         if rate <= 0.0 or all(p.grad is None for p in params):
             return
         self.counts.steps += 1
-        self.counts.gradients += 1
+        gradients = 1 if evaluation.closure is not None else max(self.watch.passes, self._graph_probe.passes, 1)
+        self.counts.gradients += gradients
         if self.phase == "done":
             self._scale_rates(self.controller.update(rate).scale)
             self._publish("")
             return
         loss, norm = self._signals(evaluation, params)
-        due = self.cadence.due(loss, norm, self._probe_cost(), guarding=self.phase != "warmup")
+        due = self.cadence.due(loss, norm, self._probe_cost(), self.phase != "warmup", gradients)
         broken = self._broken(evaluation, loss, norm, params[0].device)
         found = None if broken else self._measure(due, evaluation, params)
         if found is not None and self.rule is not None:
             found = self._account(found)
         reading = None
         if found is not None:
-            reading = Reading(found.ratio, found.momentum_share, found.relative_update, found.reason)
+            tolerant = self.rule is not None and self.rule.tolerates_overshoot
+            reading = Reading(found.ratio, found.momentum_share, found.relative_update, tolerant, found.reason)
         if broken:
             reading = Reading(math.nan, reason="the loss or its gradient is not finite")
         was = self.phase
@@ -379,7 +381,7 @@ class AdaptiveWarmup(Optimizer):
     def _measure_update(self) -> None:
         """The reading for the next step, where the rule is not known: along the update just made."""
         if self._update is not None:
-            scale = self.controller.state.scale if self.control else 1.0
+            scale = self.controller.applied if self.control else 1.0
             update = self._update
             found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
             self._reading = self._account(found)
@@ -422,7 +424,7 @@ class AdaptiveWarmup(Optimizer):
         grads = [local(p.grad) for p in params if p.grad is not None]
         norms = torch._foreach_norm([g if g.layout == torch.strided else g.coalesce().values() for g in grads])
         home = norms[0].device
-        square = torch.stack([n.to(home, torch.float64) for n in norms]).square().sum()
+        square = gathered(norms).square().sum()
         loss = torch.full_like(square, math.nan) if evaluation.loss is None else evaluation.loss.to(square)
         signals = distributed.average(torch.stack([loss.reshape(()), square.sqrt()]))
         if home.type != "cpu":
@@ -479,7 +481,7 @@ class AdaptiveWarmup(Optimizer):
         recorded: bool = True,
     ) -> None:
         counts, last, group = self.counts, self.last, self.param_groups[0]
-        scale = self.controller.state.scale if self.control else 1.0
+        scale = self.controller.applied if self.control else 1.0
         scheduled = learning_rate(group) if self._full_rates is None else float(self._full_rates[0])
         self.metrics = {
             "step": int(counts.steps),
