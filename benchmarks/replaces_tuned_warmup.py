@@ -283,6 +283,7 @@ def append(path: Path, row: Row) -> None:
 
 def run(jobs: Sequence[Job], path: Path, workers: int) -> dict[Job, Row]:
     """Do what is not in the file yet, and return the rows of all jobs."""
+    library()  # now, while the files are those that were imported
     rows = load(path)
     for name in {job.problem for job in jobs}:
         signature(name)  # makes the data too, before workers are forked
@@ -653,7 +654,7 @@ def draw(cells: Sequence[Cell], steps: int, path: Path) -> None:
     """Final loss against peak rate, a panel a problem."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
     groups = by_problem(cells)
     columns = min(len(groups), 5)
@@ -679,11 +680,14 @@ def draw(cells: Sequence[Cell], steps: int, path: Path) -> None:
         ax.set(xscale="log", yscale="log", title=f"{name} ({group[0].split})")
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=8)
+        ax.xaxis.set_minor_locator(NullLocator())
         low, high = ax.get_ylim()
         ax.set_yticks([t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3) if low <= t <= high])
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
-    figure.supxlabel("peak learning rate")
+    for ax in axes[max(0, len(groups) - columns) : len(groups)]:
+        ax.set_xlabel("peak learning rate")
     figure.supylabel(f"final loss, {steps} updates")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,13 @@ def test_a_skipped_step_is_none(optimizer: str, clip: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "fused"])
+def test_a_skipped_step_is_none_when_warmup_is_over(optimizer: str) -> None:
+    (_, opt, _), rows = scaled_run(optimizer, False, wrap=True, max_warmup=2, after="hold")
+    assert opt.phase == rows[1]["phase"] == "done"
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "fused"])
 def test_the_loss_scale_does_not_reach_the_measurement(optimizer: str) -> None:
     def sharpness(scale: float) -> float:
         model = LossModel()
@@ -104,6 +111,33 @@ def test_the_loss_scale_does_not_reach_the_measurement(optimizer: str) -> None:
     assert bare > 0
     for scale in (2.0**12, 2.0**16):  # below that a factor counts as the user's own
         assert sharpness(scale) == pytest.approx(bare, rel=1e-3)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_loss_scale_does_not_reach_the_live_graph(optimizer: Any, clip: bool) -> None:
+    """Products, preconditioner (second step: with momentum and accumulation) and recorded loss are without it."""
+
+    def rows(enabled: bool) -> list[dict[str, Any]]:
+        model = mlp()
+        opt = AdaptiveWarmup(optimizer(model.parameters(), lr=0.01), model, every=1)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        for step in range(4):
+            opt.zero_grad()
+            for micro in range(2):
+                opt.backward(scaler.scale(loss_fn(model, batch_of(2 * step + micro)) / 2))
+            if clip:
+                scaler.unscale_(opt)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            scaler.step(opt)
+            scaler.update()
+        return list(opt.history)
+
+    scaled, bare = rows(True), rows(False)
+    assert scaled[-1]["probes"] == 2
+    for found, expected in zip(scaled, bare, strict=True):
+        for key in ("loss", "sharpness", "stability_ratio", "scale"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, nan_ok=True), key
 
 
 def test_a_fused_step_is_still_unscaled_by_the_kernel_when_warmup_is_over() -> None:

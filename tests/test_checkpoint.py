@@ -211,3 +211,54 @@ def test_a_changed_layout_is_an_error_that_leaves_the_run_as_it_was(damage: Call
         run[1].load_state_dict(saved)
     assert_same(everything(*run), before)
     assert_same(run[1].metrics, metrics)
+
+
+class UnusedLoss(nn.Module):
+    """Returns a loss of its own that the loop does not train on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Any) -> dict[str, Any]:
+        out = self.net(x)
+        return {"loss": out.square().mean(), "out": out}
+
+
+@pytest.mark.parametrize("how", ["state dict", "copy"])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_resuming_beside_a_loss_that_is_not_trained_on(stop: int, how: str) -> None:
+    def start() -> Run:
+        model = UnusedLoss()
+        return model, AdaptiveWarmup(torch.optim.Adam(model.parameters(), 0.02), model, every=4)
+
+    def go_on(run: Run, steps: range) -> list[dict[str, Any]]:
+        model, opt = run
+        rows = []
+        for step in steps:
+            x, y = batch_of(step)
+            opt.zero_grad()
+            opt.backward((model(x)["out"] - y).square().mean())
+            opt.step()
+            rows.append(dict(opt.metrics))
+        return rows
+
+    unbroken = start()
+    go_on(unbroken, range(stop))
+    if how == "copy":
+        resumed = copy.deepcopy(unbroken)
+    else:
+        resumed = start()
+        through_torch_save(unbroken, resumed, Path())
+    expected = go_on(unbroken, range(stop, stop + 8))
+    assert_same(go_on(resumed, range(stop, stop + 8)), expected)
+    assert expected[-1]["probes"] > expected[0]["probes"]
+
+
+def test_a_bare_state_dict_leaves_the_wrapper_announced() -> None:
+    model, opt = build(torch.optim.AdamW)
+    train(opt, model, range(2))
+    bare = build(torch.optim.AdamW)[1].base.state_dict()
+    bare["param_groups"][0].pop("warmctl", None)
+    opt.load_state_dict(bare)
+    assert "warmctl" in opt.base.param_groups[0]

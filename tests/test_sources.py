@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +132,33 @@ def test_the_sources_leave_the_same_trajectory() -> None:
     assert all(torch.equal(end, ends[0]) for end in ends[1:])
 
 
+def test_a_probe_on_the_live_graph_does_not_keep_it() -> None:
+    model = mlp()
+    opt = monitor(model)
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    for _ in range(3):
+        alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+        def pack(tensor: Tensor, alive: weakref.WeakSet[Saved] = alive) -> Saved:
+            saved = Saved(tensor)
+            alive.add(saved)
+            return saved
+
+        opt.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            loss = loss_fn(model, batch_of(0))
+        assert len(alive) > 0
+        opt.backward(loss)
+        opt.step()
+        gc.collect()
+        assert len(alive) == 0 and loss.grad_fn is not None
+    assert opt.metrics["probes"] == 2
+
+
 # Precedence ------------------------------------------------------------------------------------------------
 
 
@@ -169,8 +198,36 @@ def test_a_batch_is_observed_for_one_step_only() -> None:
     opt.observe(batch_of(0))
     opt.step()
     closure_for(opt, model, batch_of(1))()
-    with pytest.raises(RuntimeError, match="no loss to measure"):
+    opt.step()
+    assert opt.metrics["probes"] == 1
+
+
+@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Rprop])
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_probe_waits_for_a_step_with_a_batch(first: int, rule: Any) -> None:
+    model = mlp()
+    opt = monitor(model, rule(model.parameters(), 1e-3), loss_fn=loss_fn, control=True)
+    probed = []
+    for step in range(36):
+        closure_for(opt, model, batch_of(step))()
+        if step % 10 == first:
+            opt.observe(batch_of(step))
+        probes = opt.metrics["probes"]
         opt.step()
+        opt._publish("", recorded=False)  # a rule that is not known is measured behind the step
+        if opt.metrics["probes"] > probes:
+            probed.append(step)
+    assert probed == list(range(first, 36, 10))
+
+
+def test_a_loss_fn_that_never_sees_a_batch_is_warned_of_once() -> None:
+    model = mlp()
+    opt = monitor(model, loss_fn=loss_fn, control=True)
+    with pytest.warns(RuntimeWarning, match="observe") as caught:
+        for step in range(120):
+            closure_for(opt, model, batch_of(step))()
+            opt.step()
+    assert len(caught) == 1 and opt.metrics["probes"] == 0
 
 
 # What the loop does with the model's loss ------------------------------------------------------------------
@@ -335,6 +392,33 @@ def test_clipping_does_not_change_the_sharpness(where: str) -> None:
         closure()
         opt.step()
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("clipped", range(4))
+def test_clipping_one_layer_is_noticed(clipped: int) -> None:
+    """A finite difference against a gradient that is not that of the loss would be wrong by any amount."""
+    model = Returns(FORMS["dict"])
+    opt = monitor(model, hvp="finite_difference")
+    for step in range(2):  # the first probe compares the gradients in any case
+        expected = dense(model.body)
+        opt.zero_grad()
+        loss_of(model(*batch_of(0))).backward()
+        if step:
+            list(model.parameters())[clipped].grad.mul_(0.01)  # type: ignore[union-attr]
+        opt.step()
+    assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_gradient_that_nobody_touched_is_not_computed_again() -> None:
+    model = Returns(FORMS["dict"])
+    opt = monitor(model, hvp="finite_difference", probe_steps=2)
+    costs = []
+    for _ in range(3):
+        opt.zero_grad()
+        loss_of(model(*batch_of(0))).backward()
+        opt.step()
+        costs.append(opt.last.cost if opt.last else 0.0)
+    assert costs == [5, 2, 2]  # twice the products from cold, and the check
 
 
 # Closures that cannot be repeated --------------------------------------------------------------------------
@@ -590,6 +674,47 @@ def test_ratio_of_an_unknown_rule_is_at_the_full_rate() -> None:
     gradient = model.curvature @ before
     expected = -0.5 * float(full @ model.curvature @ full) / float(gradient @ full)
     assert opt.last is not None and opt.last.ratio == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("change", [0.01, 100.0])
+def test_the_reading_of_an_unknown_rule_follows_the_rate(change: float) -> None:
+    """It is made along an update at one rate and used at the next step, which may have another."""
+
+    def run(change: float) -> dict[str, Any]:
+        model = Quadratic()
+        opt = monitor(model, Lion(model.parameters(), 1e-5))
+        for step in range(5):
+
+            def closure() -> Tensor:
+                opt.zero_grad()
+                loss = model()
+                loss.backward()
+                return loss
+
+            if step == 4:
+                opt.param_groups[0]["lr"] *= change
+            opt.step(closure)
+        return opt.metrics
+
+    same, changed = run(1.0), run(change)
+    assert changed["stability_ratio"] == pytest.approx(same["stability_ratio"] * change, rel=1e-6)
+
+
+def test_restarting_forgets_the_reading_to_come() -> None:
+    model = Quadratic()
+    opt = monitor(model, Lion(model.parameters(), 1e-3))
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = model()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    opt.restart()
+    assert opt.last is None
+    opt.step(closure)
+    assert not opt.history[-1]["probed"] and math.isnan(opt.metrics["stability_ratio"])
 
 
 def test_sam_with_a_known_rule_inside_counts_one_step_a_step() -> None:

@@ -79,6 +79,15 @@ def test_metrics_are_those_of_the_contract_and_plain() -> None:
     assert opt.metrics["phase"] == opt.phase
 
 
+@pytest.mark.parametrize("set_to", [0.0, torch.tensor(0.0)])
+def test_metrics_at_no_rate(set_to: Any) -> None:
+    model, opt = wrapped()
+    train(opt, model, range(2))
+    opt.param_groups[0]["lr"] = set_to
+    train(opt, model, range(1))
+    assert opt.metrics["lr"] == 0.0 and opt.metrics["step"] == 2
+
+
 # Rates ----------------------------------------------------------------------------------------------------
 
 LR = schedulers
@@ -102,6 +111,49 @@ SCHEDULERS: dict[type, Callable[[Any], Any]] = {
     LR.ReduceLROnPlateau: lambda o: LR.ReduceLROnPlateau(o, patience=1, mode="max"),
     SWALR: lambda o: SWALR(o, swa_lr=0.1, anneal_epochs=4),
 }
+
+
+def test_a_tensor_rate_shared_by_groups_is_scaled_once() -> None:
+    model = mlp()
+    rate = torch.tensor(STEEP)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups, lr=rate), model, every=1)
+    assert opt.param_groups[0]["lr"] is opt.param_groups[1]["lr"]
+    seen = rates_in_step(opt)
+    for step in range(3):
+        (row,) = train(opt, model, [step])
+        assert 0 < row["scale"] < 1
+        assert seen[-1] == pytest.approx(STEEP * row["scale"])
+        assert all(group["lr"] is rate and float(rate) == STEEP for group in opt.param_groups)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("by", ["number", "fill", "replace"])
+def test_a_rate_written_in_a_step_hook_stays(by: str, when: str, shared: bool) -> None:
+    model, opt = wrapped()
+    second = nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [second], "lr": STEEP})
+    if by != "number":
+        rate = torch.tensor(STEEP)
+        for group in opt.param_groups:
+            group["lr"] = rate if shared else rate.clone()
+
+    def write(base: Any, *_: Any) -> None:
+        group = base.param_groups[0]
+        if by == "fill":
+            group["lr"].fill_(0.25)
+        else:
+            group["lr"] = 0.25 if by == "number" else torch.tensor(0.25)
+
+    register = opt.register_step_pre_hook if when == "pre" else opt.register_step_post_hook
+    register(write)
+    loss_fn(model, batch_of(0)).backward()
+    opt.backward(second.sum())
+    opt.step()
+    assert 0 < opt.metrics["scale"] < 1
+    assert float(opt.param_groups[0]["lr"]) == 0.25
+    assert float(opt.param_groups[1]["lr"]) == (0.25 if shared and by == "fill" else STEEP)
 
 
 def test_every_scheduler_of_torch_is_here() -> None:

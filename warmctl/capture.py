@@ -31,6 +31,14 @@ def find_loss(output: Any) -> Tensor | None:
     return scalars[0] if len(scalars) == 1 else None
 
 
+def loss_scale(loss: Tensor) -> Tensor:
+    """What a gradient scaler has multiplied `loss` by, its last operation; 1 if none has. No device waits for it."""
+    factor = getattr(loss.grad_fn, "_saved_other", None) if type(loss.grad_fn).__name__ == "MulBackward0" else None
+    if not isinstance(factor, Tensor) or factor.numel() != 1:
+        return torch.ones(())
+    return torch.where(factor.detach() >= SCALED, factor.detach(), 1.0).reshape(())
+
+
 class ModelCapture:
     """Remembers the model's last training forward that returned a loss and was followed by a backward pass.
 
@@ -126,7 +134,13 @@ class ModelCapture:
             self.weights.append(gradient.detach())
 
     def __reduce__(self) -> Any:
-        return ModelCapture, (self.model,)
+        return ModelCapture, (self.model,), {"enabled": self.enabled, "trained_on": self.trained_on}
+
+    def state_values(self) -> list[float]:
+        return [float(self.enabled), float(self.trained_on)]
+
+    def load_state_values(self, values: list[float]) -> None:
+        self.enabled, self.trained_on = bool(values[0]), bool(values[1])
 
 
 class _Hook:
@@ -144,20 +158,40 @@ class _Hook:
         return _Hook, (None, self.method)
 
 
-class GradientWatch:
-    """Tells whether `.grad` is what one backward pass left there, by the version of one (the smallest) gradient.
+class Marks:
+    """Which gradients there were, and their versions: whether one was replaced or written to since."""
 
-    Clipping, unscaling and accumulation all write to every gradient, so one is enough to see them, at no cost.
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.seen = [None if p.grad is None else (weakref.ref(p.grad), local(p.grad)._version) for p in params]
+
+    def hold(self) -> bool:
+        for p, seen in zip(self.params, self.seen, strict=True):
+            if (p.grad is None) != (seen is None):
+                return False
+            if p.grad is not None and seen is not None:
+                ref, version = seen
+                if ref() is not p.grad or local(p.grad)._version != version:
+                    return False
+        return True
+
+
+class GradientWatch:
+    """Tells whether `.grad` is what one backward pass left there: every gradient is marked when the pass has ended.
+
+    The pass announces itself by the hook of one (the smallest) parameter; a hook on each would cost more than it.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
         self.param: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
         self.clear()
         self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """A step was made: the next gradient begins."""
-        self.passes, self._version = 0, -1
+        self.passes = 0
+        self._marks: Marks | None = None
 
     def remove(self) -> None:
         if self._handle is not None:
@@ -166,8 +200,7 @@ class GradientWatch:
     @property
     def holding(self) -> bool:
         """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
-        grad = None if self.param is None else self.param.grad
-        return self.passes > 0 and grad is not None and local(grad)._version == self._version
+        return self._marks is not None and self._marks.hold()
 
     @property
     def untouched(self) -> bool:
@@ -176,4 +209,7 @@ class GradientWatch:
     def _accumulated(self, param: Tensor) -> None:
         if param.grad is not None:
             self.passes += 1
-            self._version = local(param.grad)._version
+            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+
+    def _ended(self) -> None:
+        self._marks = Marks(self.params)

@@ -27,6 +27,7 @@ class Counts:
         method: index of the Hessian-vector product in use in `operators.METHODS`.
         replays: whether the loss can be evaluated again: 1, .5 (but for clipping or a small term), 0, or −1 before it
             was tried.
+        rate: that the reading along the last update was made at, for rules that are not known.
         loss, norm: signals of the last step that an accelerator has not delivered yet.
     """
 
@@ -37,6 +38,7 @@ class Counts:
     cost: float = 0.0
     method: float = 0.0
     replays: float = -1.0
+    rate: float = math.nan
     loss: float = math.nan
     norm: float = math.nan
 

@@ -237,7 +237,7 @@ class Controller:
         if s.readings and (s.scale >= HIGHER * s.highest or s.scale >= 1.0 > s.highest):
             s.highest, s.highest_age, s.highest_probes = s.scale, s.age, s.probes
         old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + SETTLED_STEPS)
-        back = s.scale >= RECOVERED * s.highest or s.age >= PATIENCE * s.highest_age
+        back = s.scale >= RECOVERED * s.highest or s.age >= PATIENCE * max(s.highest_age, SETTLED_STEPS)
         if not s.readings and s.age >= PATIENT_STEPS:
             return f"no probe succeeded, the rate stays at {UNMEASURED:g} of the schedule"
         if not (s.readings and old and back and s.probes - s.highest_probes >= SETTLED_PROBES):

@@ -155,8 +155,8 @@ def power_iteration(
 def ritz_step(operator: SymmetricOperator, vector: Vector, direction: Callable[[], Vector]) -> EigenResult:
     """Rayleigh–Ritz on two directions, the tracked eigenvector and that of the coming step, and one power step.
 
-    Both directions were there before the batch was drawn that the operator is of. Hence the Ritz value is not biased
-    upward by the choice of direction, as a Krylov space of the batch's own Hessian is. The eigenvector returned is
+    Neither direction is taken from the Hessian of this batch, as those of a Krylov space are, whose choice biases the
+    Ritz value of a mini-batch upward. The eigenvector returned is
     one (shifted) power step on: it costs no product, and the next value converges where the operator stays the same.
 
     Args:

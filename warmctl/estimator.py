@@ -1,7 +1,7 @@
 """Measuring the stability ratio at the full scheduled rate: one number a probe, with its residual and its cost.
 
 The estimator measures and does not decide. It builds D^½ H D^½ from the optimizer's state and the gradient of the
-coming step, starts Lanczos where the last probe ended, and keeps nothing but one unit vector between probes.
+coming step, measures along the eigenvector tracked so far, and keeps nothing but that unit vector between probes.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class SharpnessEstimator:
         )
 
     def _solve(self, scaled: ScaledOperator, params: Sequence[Tensor], seed: int) -> EigenResult:
-        """From cold, twice the steps. Warm, with two products, on directions chosen before this batch was seen."""
+        """From cold, twice the steps. Warm, with two products, on directions that this batch's Hessian did not choose."""
         cold = self.vector is None or [v.shape for v in self.vector] != [r.shape for r in scaled.root]
         if self.solve is lanczos and self.steps == 2 and not cold:
             vector, self.vector = self.vector, None

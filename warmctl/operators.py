@@ -106,6 +106,13 @@ class HessianOperator:
         operator.cost += 1.0
         return operator
 
+    def graph_gradient(self, reduce: Callable[[Vector], None]) -> list[Tensor | None]:
+        """The gradient of the loss given to `on_graph`, reduced; None for parameters that it does not depend on."""
+        graph = self._graph or ()
+        gradient = [g.detach().clone() for g in graph]
+        reduce(locals_of(gradient))
+        return [g if of.requires_grad or bool(g.any()) else None for g, of in zip(gradient, graph, strict=True)]
+
     @property
     def template(self) -> Vector:
         """Tensors of the shapes, dtypes and devices of the vectors: this process's part of the parameters."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 from warmctl import checkpoint, checks, distributed
 from warmctl.cadence import Cadence
-from warmctl.capture import GradientWatch
+from warmctl.capture import GradientWatch, Marks, ModelCapture, loss_scale
 from warmctl.controller import Controller, Reading, Signals
 from warmctl.estimator import Measurement, SharpnessEstimator, failed
 from warmctl.history import History
@@ -28,6 +27,9 @@ from warmctl.update_rules import learning_rate, update_rule
 from warmctl.vectors import gathered, local, locals_of
 
 log = logging.getLogger("warmctl")
+
+PATIENCE = 100
+"""Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
 
 
 class AdaptiveWarmup(Optimizer):
@@ -97,6 +99,7 @@ class AdaptiveWarmup(Optimizer):
         self._reading: Measurement | None = None
         self._in_closure = self._stepped = False
         self._full_rates: list[Any] | None = None
+        self._written: list[tuple[Any, int]] = []
         self._delayed = torch.full((2,), math.nan, dtype=torch.float64)
         self._said: set[str] = set()
         self._publish("")
@@ -155,6 +158,7 @@ class AdaptiveWarmup(Optimizer):
             contract. The parameters are as before then.
         """
         checks.closure(closure)
+        steps = self.counts.steps
         checkpoint.withdraw_vector(self.base, self._all_params())
         skipped = self._lend_scaler()
         result: Any
@@ -171,6 +175,8 @@ class AdaptiveWarmup(Optimizer):
             return result
         finally:
             self._finish()
+            if self.counts.steps == steps and not any(learning_rate(group) for group in self.param_groups):
+                self.metrics = {**self.metrics, "lr": 0.0}
 
     step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
 
@@ -181,7 +187,7 @@ class AdaptiveWarmup(Optimizer):
         if self._in_closure:  # `step` sees to it
             loss.backward()  # type: ignore[no-untyped-call]
         else:
-            self._backward_on_graph(loss, lambda keep: loss.backward(retain_graph=keep))  # type: ignore[no-untyped-call]
+            self._backward_on_graph(loss, lambda: loss.backward())  # type: ignore[no-untyped-call]
 
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
@@ -193,7 +199,7 @@ class AdaptiveWarmup(Optimizer):
         """Begin warmup again from here."""
         self.controller.restart()
         self.cadence.restart()
-        self.estimator.vector = None
+        self.estimator.vector = self.last = self._reading = None
         self.prober.capture.enabled = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,6 +226,7 @@ class AdaptiveWarmup(Optimizer):
         self.base.load_state_dict(bare)
         if numbers is None:
             self.restart()
+            checkpoint.announce(self.base, self._numbers())
             return
         for part in self._parts():
             size = len(part.state_values())
@@ -241,15 +248,15 @@ class AdaptiveWarmup(Optimizer):
 
     # One step
 
-    def _backward_on_graph(self, loss: Tensor, backward: Callable[[bool], None]) -> None:
-        """Run `backward`, keeping the graph for a probe if one is wanted and nothing can be evaluated again."""
+    def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
+        """Run `backward`; before it, a probe on the graph if one is wanted and nothing can be evaluated again."""
         probe = self._graph_probe
-        probe.passes, probe.loss = probe.passes + 1, loss.detach()
+        probe.passes, probe.loss = probe.passes + 1, loss.detach() / loss_scale(loss)
         measure = probe.wanted and probe.passes >= probe.passes_before and self.phase != "done"
         measure = measure and self.rule is not None and not self.prober.expects_source()
-        backward(measure)
         if measure:
             probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
+        backward()
 
     def _deciding(self, closure: Closure) -> Closure:
         """The closure for the wrapped optimizer: its first evaluation decides the step, before the rates are read."""
@@ -268,17 +275,17 @@ class AdaptiveWarmup(Optimizer):
             params = self._params()
             random_state = RandomState([p.device for p in params])
             self.prober.capture.enabled = False  # the closure is the better source
-            before, left = _Marks(params), None
+            before, left = Marks(params), None
             earlier: list[int] = []
 
             def backward(original: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
                 earlier.append(self.watch.passes if self.watch.holding else 0)
                 if self.prober.closure_replays == 0.0 and _is_plain_loss(tensors, *args, **kwargs):
-                    self._backward_on_graph(tensors, lambda keep: original(tensors, retain_graph=keep))
+                    self._backward_on_graph(tensors, lambda: original(tensors))
                 else:
                     original(tensors, *args, **kwargs)
                 nonlocal left
-                left = _Marks(params)
+                left = Marks(params)
 
             self._in_closure = True
             try:
@@ -311,6 +318,7 @@ class AdaptiveWarmup(Optimizer):
         gradients = 1 if evaluation.closure is not None else max(self.watch.passes, self._graph_probe.passes, 1)
         self.counts.gradients += gradients
         if self.phase == "done":
+            self.prober.capture.enabled = False  # nothing will be measured: record no more forwards
             self._scale_rates(self.controller.update(rate).scale)
             self._publish("")
             return
@@ -359,10 +367,14 @@ class AdaptiveWarmup(Optimizer):
         due = "" if evaluation.skipped else due
         if self.rule is None:
             found, self._reading = self._reading, None
+            rate = max(learning_rate(group) for group in self.param_groups)
+            if found is not None:  # along the last update, at the rate of that
+                found = replace(found, ratio=found.ratio * rate / self.counts.rate)
             if due and (found is None or self.cadence.every == 1):  # else `due` has not heard of this probe yet
                 if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
-                    raise RuntimeError(NO_SOURCE)
-                self._update = self.prober.before_update(evaluation, params)
+                    self._no_source()
+                    return found
+                self._update, self.counts.rate = self.prober.before_update(evaluation, params), rate
             return found
         graph = self._graph_probe
         if graph.found is not None:
@@ -373,10 +385,17 @@ class AdaptiveWarmup(Optimizer):
             if graph.passes == 0 and self.prober.closure_replays == 0.0:
                 return failed(self.prober.why_no_source)
             if graph.passes == 0:
-                raise RuntimeError(NO_SOURCE)
-            graph.wanted = True
+                self._no_source()
+            graph.wanted = graph.wanted or graph.passes > 0
             return None
         return self.prober.probe(evaluation, params, self._probe_seed())
+
+    def _no_source(self) -> None:
+        """Raise at the first probe. One that has been made, or a batch that may be observed later, is worth waiting."""
+        if self.counts.probes == 0 and self.prober.loss_fn is None:
+            raise RuntimeError(NO_SOURCE)
+        if self.counts.probes == 0 and self.counts.steps >= PATIENCE:
+            self._warn(NO_SOURCE)
 
     def _measure_update(self) -> None:
         """The reading for the next step, where the rule is not known: along the update just made."""
@@ -389,12 +408,17 @@ class AdaptiveWarmup(Optimizer):
     def _finish(self) -> None:
         """After the update: the schedule's own rates again, the batch forgotten."""
         self._stepped = True
+        restored: dict[int, tuple[Tensor, Tensor]] = {}  # groups may share one tensor
         if self._full_rates is not None:
-            for group, rate in zip(self.param_groups, self._full_rates, strict=True):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].copy_(rate)
+            for group, full, written in zip(self.param_groups, self._full_rates, self._written, strict=False):
+                if not _is_as_written(group["lr"], *written):
+                    continue  # a step hook has written a rate of its own: it stays
+                if isinstance(full, Tensor):
+                    restored[id(group["lr"])] = group["lr"], full
                 else:
-                    group["lr"] = rate
+                    group["lr"] = full
+            for rate, full in restored.values():
+                rate.copy_(full)
             self._full_rates = None
         self._update = None
         self._graph_probe.next_step()
@@ -406,15 +430,14 @@ class AdaptiveWarmup(Optimizer):
     def _scale_rates(self, scale: float) -> None:
         if not self.control or scale == 1.0:
             return
-        self._full_rates = []
-        for group in self.param_groups:
-            rate = group["lr"]
-            if isinstance(rate, Tensor):
-                self._full_rates.append(rate.clone())
-                rate.mul_(scale)
-            else:
-                self._full_rates.append(rate)
+        rates = [group["lr"] for group in self.param_groups]
+        self._full_rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        for tensor in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
+            tensor.mul_(scale)  # once, however many groups share it
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            if not isinstance(rate, Tensor):
                 group["lr"] = rate * scale
+        self._written = [(g["lr"], g["lr"]._version if isinstance(g["lr"], Tensor) else 0) for g in self.param_groups]
 
     def _signals(self, evaluation: Evaluation, params: list[Tensor]) -> tuple[float, float]:
         """Loss and gradient norm, the same on every rank; nan where unknown.
@@ -438,10 +461,10 @@ class AdaptiveWarmup(Optimizer):
         if found_inf is None:
             return False
         self.base.grad_scale, self.base.found_inf = scale, found_inf  # type: ignore[attr-defined]
-        if self.phase == "done":
-            return False
         if float(found_inf) != 0.0:
             return True
+        if self.phase == "done":
+            return False
         if scale is not None:  # unscale here, as the fused kernel would: a probe needs the true gradient
             grads = [local(p.grad) for p in self._params() if p.grad is not None]
             torch._foreach_div_(grads, scale.to(grads[0].device))
@@ -503,8 +526,8 @@ class AdaptiveWarmup(Optimizer):
 
     # State
 
-    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts, _GraphProbe]:
-        return self.controller, self.cadence, self.counts, self._graph_probe
+    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts, _GraphProbe, ModelCapture]:
+        return self.controller, self.cadence, self.counts, self._graph_probe, self.prober.capture
 
     def _numbers(self) -> list[float]:
         self.counts.loss, self.counts.norm = self._delayed.tolist()
@@ -513,14 +536,14 @@ class AdaptiveWarmup(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # "step": a scheduler's patch on the instance, bound to the original.
-        transient = {"watch", "_update", "_full_rates", "grad_scale", "found_inf", "step"}
+        transient = {"watch", "_update", "_full_rates", "_written", "grad_scale", "found_inf", "step"}
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.estimator.optimizer = self.base
         self.watch = GradientWatch(self._params())
-        self._update, self._full_rates = None, None
+        self._update, self._full_rates, self._written = None, None, []
 
 
 # The hooks of the wrapper are those of the base, so that they are registered once and fire once.
@@ -557,22 +580,11 @@ class _GraphProbe:
         self.passes_before, self.passes, self.loss = max(self.passes, 1), 0, None
 
 
-class _Marks:
-    """Which gradients there were, and their versions: whether one was replaced or written to since."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
-        self.seen = [None if p.grad is None else (weakref.ref(p.grad), local(p.grad)._version) for p in params]
-
-    def hold(self) -> bool:
-        for p, seen in zip(self.params, self.seen, strict=True):
-            if (p.grad is None) != (seen is None):
-                return False
-            if p.grad is not None and seen is not None:
-                ref, version = seen
-                if ref() is not p.grad or local(p.grad)._version != version:
-                    return False
-        return True
+def _is_as_written(rate: Any, written: Any, version: int) -> bool:
+    """Whether a group's rate is still what it was scaled to. A tensor is not read, which would make a device wait."""
+    if isinstance(written, Tensor):
+        return rate is written and rate._version == version
+    return not isinstance(rate, Tensor) and bool(rate == written)
 
 
 def _is_plain_loss(tensors: Any, grad_tensors: Any = None, keep: Any = None, create: bool = False, **more: Any) -> bool:

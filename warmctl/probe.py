@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
-from warmctl.capture import SCALED, ModelCapture
+from warmctl.capture import SCALED, ModelCapture, loss_scale
 from warmctl.estimator import Measurement, SharpnessEstimator, failed, first_line
 from warmctl.operators import HessianOperator
 from warmctl.replay import Closure, NotReplayable, RandomState, Replay, check_loss, no_trace
@@ -130,17 +130,35 @@ class Prober:
         return self._guarded(measure)
 
     def on_graph(self, loss: Tensor, params: list[Tensor], seed: int) -> Measurement:
-        """Measure on the graph of `loss`, still alive after its backward pass, by double backward; `.grad` is set."""
+        """Measure on the graph of `loss`, before its backward pass frees it, by double backward.
+
+        The loss scale of a `GradScaler` is taken out of products and gradient, as it will be before the step.
+        """
+        grads = [p.grad for p in params]
         try:
             inner, average = distributed.inner_product(params), distributed.averager(params)
+            scale = float(loss_scale(loss))
+
+            def finish(vector: Vector) -> None:
+                if average is not None:
+                    average(vector)
+                if scale != 1.0:
+                    torch._foreach_div_(vector, scale)
+
             with no_trace(params, self.model):  # checkpointed modules run again
-                operator = HessianOperator.on_graph(loss, params, average, inner=inner)
+                operator = HessianOperator.on_graph(loss, params, finish, inner=inner)
             with operator:
+                for p, gradient in zip(params, operator.graph_gradient(finish), strict=True):
+                    if gradient is not None:
+                        p.grad = gradient if p.grad is None else gradient + p.grad / scale
                 return self.estimator.measure_on(operator, seed)
         except Exception as error:
             return failed(
                 f"{first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead"
             )
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
 
     def before_update(self, evaluation: Evaluation, params: list[Tensor]) -> RealisedUpdate | Measurement:
         """Begin to measure along the update about to be made, for rules without a threshold; see `RealisedUpdate`.
