@@ -27,6 +27,8 @@ log = logging.getLogger("warmctl")
 
 AGREEMENT = 1.0
 """Relative difference of the two Rayleigh quotients up to which the cheaper one, by finite difference, is used."""
+LOW_PRECISION_AGREEMENT = 0.1
+"""The same where forward passes round to less than float32: no kink explains a difference then."""
 STEP = 1e-3
 """Relative step of the probe's finite differences, ten times `operators.FD_STEP`. A short step across the kinks of a
 ReLU is nearly all noise; at this one the quotient of a transformer at initialisation is at most 16 % high."""
@@ -167,7 +169,8 @@ class SharpnessEstimator:
                 return "finite_difference", exact.cost
             bend = inner(image, truth)
             gap = abs(inner(image, cheap.matvec(image)) - bend) / max(abs(bend), 1e-30)
-        method = "double_backward" if gap > AGREEMENT and size > 0.0 else "finite_difference"
+        allowed = AGREEMENT if replay.precision <= torch.finfo(torch.float32).eps else LOW_PRECISION_AGREEMENT
+        method = "double_backward" if gap > allowed and size > 0.0 else "finite_difference"
         log.info("hvp: %s; along one direction a finite difference is %.2g off the exact quotient", method, gap)
         return method, cheap.cost + exact.cost
 
@@ -194,7 +197,7 @@ class SharpnessEstimator:
         )
 
     def _solve(self, scaled: ScaledOperator, params: Sequence[Tensor], seed: int) -> EigenResult:
-        """From cold, twice the steps. Warm, with two products, on directions that this batch's Hessian did not choose."""
+        """From cold, twice the steps. Warm, two products, on directions that this batch's Hessian did not choose."""
         cold = self.vector is None or [v.shape for v in self.vector] != [r.shape for r in scaled.root]
         if self.solve is lanczos and self.steps == 2 and not cold:
             vector, self.vector = self.vector, None
