@@ -430,3 +430,22 @@ def test_a_compiled_step_does_the_same(tensor_rate: bool) -> None:
     compiled, eager = run(True), run(False)
     assert_same(compiled[1], eager[1])
     assert_same(compiled[0]["weights and buffers"], eager[0]["weights and buffers"])
+
+
+@pytest.mark.parametrize("after", ["guard", "hold"])
+def test_the_record_has_the_loss_of_every_closure_to_the_end(after: str) -> None:
+    """Also when warmup is over: the figure would draw a missing loss as a diverged run."""
+    model = torch.nn.Linear(4, 2)
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=0.1), model, after=after, max_warmup=2)
+    losses = []
+    for step in range(6):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            opt.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        losses.append(float(opt.step(closure).detach()))
+    assert opt.history["loss"] == pytest.approx(losses)

@@ -268,7 +268,7 @@ class AdaptiveWarmup(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
                 if not called:
-                    self._decide(Evaluation())
+                    self._decide(Evaluation(loss=loss.detach() if isinstance(loss, Tensor) else None))
                 called = True
                 return loss
             called = True
@@ -320,7 +320,8 @@ class AdaptiveWarmup(Optimizer):
         if self.phase == "done":
             self.prober.capture.enabled = False  # nothing will be measured: record no more forwards
             self._scale_rates(self.controller.update(rate).scale)
-            self._publish("")
+            known = evaluation.loss is not None and evaluation.loss.device.type == "cpu"  # never wait for a device here
+            self._publish("", loss=float(evaluation.loss) if known and evaluation.loss is not None else None)
             return
         loss, norm = self._signals(evaluation, params)
         due = self.cadence.due(loss, norm, self._probe_cost(), self.phase != "warmup", gradients)
@@ -342,7 +343,8 @@ class AdaptiveWarmup(Optimizer):
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         self._scale_rates(decision.scale)
         ratio = decision.ratio if self.control or not decision.scale else decision.ratio / decision.scale
-        self._publish(decision.reason, loss=loss, probed=found is not None, ratio=ratio)
+        seen = None if evaluation.loss is None else loss
+        self._publish(decision.reason, loss=seen, probed=found is not None, ratio=ratio)
 
     def _account(self, found: Measurement) -> Measurement:
         """Book a probe."""
@@ -498,7 +500,7 @@ class AdaptiveWarmup(Optimizer):
     def _publish(
         self,
         reason: str,
-        loss: float = math.nan,
+        loss: float | None = None,
         probed: bool = False,
         ratio: float = math.nan,
         recorded: bool = True,
