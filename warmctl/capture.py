@@ -71,13 +71,6 @@ class ModelCapture:
         self._call: tuple[Any, Any, list[Any]] | None = None
         self._pending: tuple[tuple[Any, Any, list[Any]], RandomState] | None = None
 
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        self.enabled = False
-        self.clear()
-        for handle in self._handles:
-            handle.remove()
-
     def closure(self) -> Callable[[], Tensor] | None:
         """Repeats the last forward and calls backward on its loss; None if nothing was recorded or trained on.
 
@@ -192,10 +185,6 @@ class GradientWatch:
         """A step was made: the next gradient begins."""
         self.passes = 0
         self._marks: Marks | None = None
-
-    def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
 
     @property
     def holding(self) -> bool:

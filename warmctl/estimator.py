@@ -31,7 +31,7 @@ LOW_PRECISION_AGREEMENT = 0.1
 """The same where forward passes round to less than float32: no kink explains a difference then."""
 STEP = 1e-3
 """Relative step of the probe's finite differences, ten times `operators.FD_STEP`. A short step across the kinks of a
-ReLU is nearly all noise; at this one the quotient of a transformer at initialisation is at most 16 % high."""
+ReLU is nearly all noise; a longer one is off where the loss is far from quadratic, as a transformer's is at first."""
 Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
 

@@ -48,13 +48,14 @@ class AdaptiveWarmup(Optimizer):
         every: steps between probes, or "auto": events and a budget decide.
         budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
         hvp: "auto", "finite_difference", "double_backward" or "forward_over_reverse", see `HessianOperator`.
-        estimator: "lanczos" or "power".
+        estimator: "lanczos" (from cold; then, with two products, Rayleigh–Ritz on the tracked eigenvector and the
+            coming step) or "power".
         probe_steps: Hessian-vector products a probe.
         after: when warmup has ended, "guard" goes on with sparse probes that can only cut the scale, "hold" keeps it,
             "release" returns to the schedule.
         control: False only monitors: the trajectory is bitwise that of the bare optimizer.
         max_warmup: steps after which warmup ends in any case.
-        seed: of the probes' own random numbers.
+        seed: of the random component of a warm start, where the solver takes one.
 
     Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
     differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one.

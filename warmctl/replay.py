@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from warmctl.vectors import Vector, add_, dot, local, locals_of
+from warmctl.vectors import Vector, add_, dot, local
 
 Closure = Callable[[], Any]
 
@@ -384,15 +384,3 @@ def _dense(grad: Tensor) -> Tensor:
 
 def _as_float(loss: Any) -> float:
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss) if loss is not None else math.nan
-
-
-__all__ = [
-    "NotReplayable",
-    "RandomState",
-    "Replay",
-    "check_loss",
-    "intercept_backward",
-    "locals_of",
-    "no_trace",
-    "twice_differentiable",
-]
