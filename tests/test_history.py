@@ -25,7 +25,7 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 
 import warmctl.history
-from warmctl.history import COLUMNS, History, WarmupEnd, read_jsonl, warmup_end
+from warmctl.history import BLOCK, COLUMNS, History, WarmupEnd, read_jsonl, warmup_end
 
 TORN = '{"step": 4, "phase": "warm'
 
@@ -143,6 +143,42 @@ def test_numpy_torch_and_enumerations_become_plain() -> None:
     assert list(record[0].items()) == list(expected.items())
     assert [type(value) for value in record[1].values()] == [int, str, float, type(None), type(None), bool]
     assert record[1]["phase"] == "warmup"
+
+
+@pytest.mark.parametrize("count", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
+def test_record_is_append_for_full_rows(count: int) -> None:
+    """Whenever it is read: at every step, or after blocks of steps were taken into columns."""
+    odd = {3: {"loss": None, "target": np.float64(0.5)}, 5: {"hvps": 2**60 + 1, "ratio": math.inf}}
+    rows = [{name: {**row(step), **odd.get(step, {})}[name] for name in COLUMNS} for step in range(1, count + 1)]
+    appended, recorded, read = History(rows), History(), History()
+    for index, values in enumerate(rows, start=1):
+        recorded.record(tuple(values.values()))
+        read.record(tuple(values.values()))
+        assert len(read) == index and read[-1]["step"] == index
+    for record in (recorded, read):
+        assert list(record) == list(appended) and repr(record) == repr(appended)
+        assert [[type(v) for v in r.values()] for r in record] == [[type(v) for v in r.values()] for r in appended]
+
+
+@pytest.mark.parametrize("read", [list, copy.copy, copy.deepcopy, lambda record: pickle.loads(pickle.dumps(record))])
+def test_rows_just_recorded_are_in_copies_and_go_with_a_rewind(read: Any) -> None:
+    record = History([{"step": 1, "extra": 1.5}])
+    for step in (2, 3, 4):
+        record.record(tuple(row(step)[name] for name in COLUMNS))
+    assert [r["step"] for r in read(record)] == [1, 2, 3, 4]
+    record.record(tuple(row(3, loss=9.0)[name] for name in COLUMNS))
+    assert record["step"] == [1, 2, 3] and record["loss"][-1] == 9.0
+    assert record["extra"] == [1.5, None, None] and record.columns == (*COLUMNS, "extra")
+
+
+def test_recorded_rows_reach_a_file(path: Path) -> None:
+    record = History()
+    for step in range(1, 6):
+        record.record(tuple(row(step)[name] for name in COLUMNS))
+        if step == 3:
+            attach(record, path)
+        if step >= 3:
+            assert steps(path) == list(range(1, step + 1))
 
 
 @pytest.mark.parametrize("bad", [{}, {"step": None}, {"step": 1.5}, {"step": True}, {"step": "1"}])

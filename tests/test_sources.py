@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
@@ -736,3 +737,31 @@ def test_lbfgs_is_refused() -> None:
     model = mlp()
     with pytest.raises(TypeError, match="LBFGS chooses its own step"):
         AdaptiveWarmup(torch.optim.LBFGS(model.parameters()), model)
+
+
+@pytest.mark.parametrize("why", ["a closure is given", "warmup is done"])
+def test_forwards_pass_through_hooks_only_while_they_may_be_needed(why: str) -> None:
+    model = nn.Linear(2, 1)
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=0.1), model, max_warmup=1, after="hold")
+    assert model._forward_hooks and model._forward_pre_hooks
+
+    def loss() -> Tensor:
+        opt.zero_grad()
+        return model(torch.ones(1, 2)).square().mean()
+
+    def closure() -> Tensor:
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(3):
+        if why == "a closure is given":
+            opt.step(closure)
+        else:
+            opt.backward(loss())
+            opt.step()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    other = copy.deepcopy(opt)
+    assert not other.model._forward_hooks
+    opt.restart()
+    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1

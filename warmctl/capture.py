@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from warmctl.replay import RandomState
-from warmctl.vectors import local
 
 SCALED = 4096.0
 """A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
@@ -52,13 +51,30 @@ class ModelCapture:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._handles: list[Any] = []
         self.enabled, self.trained_on = True, True
         self.forwards = 0
         self.clear()
-        self._handles = [
-            model.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
-            model.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
-        ]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether forwards are recorded. False leaves the hooks in place; see `remove`."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        if value and not self._handles:
+            self._handles = [
+                self.model.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
+                self.model.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
+            ]
+
+    def remove(self) -> None:
+        """Record no more forwards, until enabled again. They need not pass through hooks then."""
+        self._enabled = False
+        while self._handles:
+            self._handles.pop().remove()
 
     def clear(self) -> None:
         """Forget the batch."""
@@ -127,13 +143,18 @@ class ModelCapture:
             self.weights.append(gradient.detach())
 
     def __reduce__(self) -> Any:
-        return ModelCapture, (self.model,), {"enabled": self.enabled, "trained_on": self.trained_on}
+        return ModelCapture, (self.model,), self.state_values()
+
+    def __setstate__(self, values: list[float]) -> None:
+        self.load_state_values(values)
 
     def state_values(self) -> list[float]:
         return [float(self.enabled), float(self.trained_on)]
 
     def load_state_values(self, values: list[float]) -> None:
         self.enabled, self.trained_on = bool(values[0]), bool(values[1])
+        if not self.enabled:
+            self.remove()
 
 
 class _Hook:
@@ -149,56 +170,3 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, (None, self.method)
-
-
-class Marks:
-    """Which gradients there were, and their versions: whether one was replaced or written to since."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
-        self.seen = [None if p.grad is None else (weakref.ref(p.grad), local(p.grad)._version) for p in params]
-
-    def hold(self) -> bool:
-        for p, seen in zip(self.params, self.seen, strict=True):
-            if (p.grad is None) != (seen is None):
-                return False
-            if p.grad is not None and seen is not None:
-                ref, version = seen
-                if ref() is not p.grad or local(p.grad)._version != version:
-                    return False
-        return True
-
-
-class GradientWatch:
-    """Tells whether `.grad` is what one backward pass left there: every gradient is marked when the pass has ended.
-
-    The pass announces itself by the hook of one (the smallest) parameter; a hook on each would cost more than it.
-    """
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
-        self.param: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
-        self.clear()
-        self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
-
-    def clear(self) -> None:
-        """A step was made: the next gradient begins."""
-        self.passes = 0
-        self._marks: Marks | None = None
-
-    @property
-    def holding(self) -> bool:
-        """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
-        return self._marks is not None and self._marks.hold()
-
-    @property
-    def untouched(self) -> bool:
-        return self.passes == 1 and self.holding
-
-    def _accumulated(self, param: Tensor) -> None:
-        if param.grad is not None:
-            self.passes += 1
-            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
-
-    def _ended(self) -> None:
-        self._marks = Marks(self.params)

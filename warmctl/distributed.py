@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warmctl.vectors import Vector, dot, local
+from warmctl.vectors import Vector, dot, local, squares
 
 
 def world_size() -> int:
@@ -63,11 +63,11 @@ def agree(values: Sequence[float], device: torch.device) -> list[float]:
 
 def norms(params: Sequence[Tensor], vector: Vector) -> list[float]:
     """The norm of each tensor of a parameter-shaped vector, over all its shards."""
-    squares = [dot([v], [v]) for v in vector]
+    found: list[float] = squares(vector).tolist()
     if is_sharded(params):
-        weighted = [square * weight for square, weight in zip(squares, _shard_weights(params), strict=True)]
-        squares = [mean * world_size() for mean in agree(weighted, local(params[0]).device)]
-    return [math.sqrt(square) for square in squares]
+        weighted = [square * weight for square, weight in zip(found, _shard_weights(params), strict=True)]
+        found = [mean * world_size() for mean in agree(weighted, local(params[0]).device)]
+    return [math.sqrt(square) for square in found]
 
 
 def largest(value: float, device: torch.device) -> float:

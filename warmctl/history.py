@@ -19,9 +19,6 @@ one row.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
 import math
 import os
 import warnings
@@ -29,17 +26,16 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
-Value: TypeAlias = "bool | int | float | str | None"
-Row: TypeAlias = "dict[str, Value]"
+from warmctl.row_files import CsvFile, JsonlFile, Row, RowFile, Value, read_rows
 
 COLUMNS = (
     "step", "phase", "scale", "lr", "scheduled_lr", "loss", "sharpness", "threshold", "stability_ratio",
     "target", "residual", "hvps", "probes", "overhead", "probed", "reason",
 )  # fmt: skip
-_TEXT = ("phase", "reason")
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+BLOCK = 256
+"""Rows of `record` that are kept as they are before they are taken into columns."""
 
 
 class History(Sequence[Row]):
@@ -54,16 +50,18 @@ class History(Sequence[Row]):
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._columns: dict[str, _Column] = {}
+        self._stored: dict[str, _Column] = {}
         self._length = 0
-        self._files: dict[Path, _RowFile] = {}
+        self._recent: list[tuple[Any, ...]] = []
+        self._last_step: float = -math.inf
+        self._files: dict[Path, RowFile] = {}
         for row in rows:
             self.append(row)
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> History:
         """The history in a file of `to_jsonl`, read as by `read_jsonl`; the file is not attached."""
-        return cls(_read_jsonl(Path(path)))
+        return cls(read_rows(Path(path)))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row, in memory and to every attached file; rows of the same and of later steps are replaced.
@@ -77,15 +75,26 @@ class History(Sequence[Row]):
         step = plain.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise ValueError(f"a row of a history needs an integer 'step', got {step!r} in {dict(row)!r}")
-        if self._length and step <= self._columns["step"].last:
+        if step <= self._last_step:
             self._rewind(step)
         if not plain.keys() <= self._columns.keys():
             self._add_columns(plain)
         for name, column in self._columns.items():
             column.append(plain.get(name))
         self._length += 1
+        self._last_step = step
         if self._files:
             self._write_last()
+
+    def record(self, values: tuple[Any, ...]) -> None:
+        """`append` for a row of all `COLUMNS` in their order, plain already, at a tenth of the cost."""
+        if self._files or values[0] <= self._last_step:
+            return self.append(dict(zip(COLUMNS, values, strict=True)))
+        self._recent.append(values)
+        self._last_step = values[0]
+        if len(self._recent) == BLOCK:
+            self._store()
+        return None
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write all rows to `path`, one JSON object a line, and keep it attached: later rows follow at once.
@@ -95,11 +104,11 @@ class History(Sequence[Row]):
         Folders on the way are made. Raises OSError if the file cannot be written, and ValueError, leaving the
         file alone, if it holds something else.
         """
-        self._attach(_JsonlFile, Path(path))
+        self._attach(JsonlFile, Path(path))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """As `to_jsonl`, in comma-separated values under a header line."""
-        self._attach(_CsvFile, Path(path))
+        self._attach(CsvFile, Path(path))
 
     def close(self) -> None:
         """Detach and close every file. Every row is on file already: this only frees the handles."""
@@ -112,7 +121,7 @@ class History(Sequence[Row]):
         return tuple(self._columns)
 
     def __len__(self) -> int:
-        return self._length
+        return self._length + len(self._recent)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -125,19 +134,16 @@ class History(Sequence[Row]):
             if index in self._columns:
                 return list(self._columns[index])
             if index in COLUMNS:
-                return [None] * self._length
+                return [None] * len(self)
             raise KeyError(f"no column {index!r}; there are {', '.join(self._columns) or 'none'}")
         if isinstance(index, slice):
-            return [self._row(i) for i in range(*index.indices(self._length))]
-        if not -self._length <= index < self._length:
-            raise IndexError(f"row {index} of a history of {self._length}")
-        return self._row(index % self._length)
+            return [self._row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a history of {len(self)}")
+        return self._row(index % len(self))
 
     def __repr__(self) -> str:
-        if not self._length:
-            return "History(0 rows)"
-        steps = self._columns["step"]
-        return f"History({self._length} rows, steps {steps[0]} to {steps.last})"
+        return f"History({len(self)} rows" + (f", steps {self['step'][0]} to {self._last_step})" if len(self) else ")")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -149,20 +155,37 @@ class History(Sequence[Row]):
         with contextlib.suppress(Exception):
             self.close()
 
+    @property
+    def _columns(self) -> dict[str, _Column]:
+        self._store()
+        return self._stored
+
+    def _store(self) -> None:
+        """Take the recent rows into the columns, where they need an eighth of the memory."""
+        rows, self._recent = self._recent, []
+        if not rows:
+            return
+        if not self._stored.keys() >= set(COLUMNS):
+            self._add_columns(COLUMNS)
+        recent = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+        for name, column in self._stored.items():
+            column.extend(recent.get(name, (None,) * len(rows)))
+        self._length += len(rows)
+
     def _row(self, index: int) -> Row:
         return {name: column[index] for name, column in self._columns.items()}
 
     def _rewind(self, step: int) -> None:
         self._length = bisect_left(self._columns["step"], step)
-        for column in self._columns.values():
+        for column in self._stored.values():
             column.truncate(self._length)
 
     def _add_columns(self, names: Iterable[str]) -> None:
-        seen = {**self._columns, **{n: _Column(self._length) for n in names if n not in self._columns}}
+        seen = {**self._stored, **{n: _Column(self._length) for n in names if n not in self._stored}}
         order = [name for name in COLUMNS if name in seen] + [name for name in seen if name not in COLUMNS]
-        self._columns = {name: seen[name] for name in order}
+        self._stored = {name: seen[name] for name in order}
 
-    def _attach(self, kind: type[_RowFile], path: Path) -> None:
+    def _attach(self, kind: type[RowFile], path: Path) -> None:
         path = path.resolve()
         if path in self._files:
             self._files.pop(path).close()
@@ -177,7 +200,7 @@ class History(Sequence[Row]):
     def _write_last(self) -> None:
         for path, file in list(self._files.items()):
             try:
-                file.write([self._row(self._length - 1)])
+                file.write([self._row(len(self) - 1)])
             except (OSError, ValueError) as error:
                 self._files.pop(path).close()
                 warnings.warn(
@@ -193,7 +216,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises FileNotFoundError, and ValueError with the line's number for a line that is not a row.
     """
-    return list(_read_jsonl(Path(path)))
+    return list(read_rows(Path(path)))
 
 
 class WarmupEnd(NamedTuple):
@@ -214,7 +237,7 @@ def warmup_end(history: History) -> WarmupEnd | None:
     return None
 
 
-# -- memory -------------------------------------------------------------------------------------------------
+# -- columns ----------------------------------------------------------------------------------------------
 
 
 class _Column(Sequence[Value]):
@@ -241,12 +264,16 @@ class _Column(Sequence[Value]):
         self._tags.append(tag)
         self._cells.append(cell)
 
+    def extend(self, values: Sequence[Value]) -> None:
+        if set(map(type, values)) == {float}:
+            self._tags.extend(bytes([self._FLOAT]) * len(values))
+            self._cells.extend(values)  # type: ignore[arg-type]
+        else:
+            for value in values:
+                self.append(_plain("", value))
+
     def truncate(self, length: int) -> None:
         del self._tags[length:], self._cells[length:]
-
-    @property
-    def last(self) -> Any:
-        return self[len(self) - 1]
 
     def __len__(self) -> int:
         return len(self._tags)
@@ -273,208 +300,3 @@ def _plain(name: str, value: Any) -> Value:
     if isinstance(value, str):
         return str.__str__(value)  # the text itself of a string enumeration
     raise TypeError(f"column {name!r} takes numbers, strings, booleans and None, not {type(value).__name__}")
-
-
-# -- files --------------------------------------------------------------------------------------------------
-
-
-class _RowFile:
-    """An attached file: each row becomes one whole line and replaces the lines of its step or later."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._open()
-        try:
-            self._last = max((step for _, step in self._rows()), default=None)
-            self._repair()
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, rows: Iterable[Row]) -> None:
-        for row in rows:
-            step = row["step"]
-            assert isinstance(step, int)
-            if self._last is not None and step <= self._last:
-                self._drop_from(step)
-            line = self._encode(row)  # before the stream is looked at: a new column has it replaced
-            self._stream.write(line)
-            self._last = step
-        self._stream.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk fails again here, and has been reported
-            self._stream.close()
-
-    def _open(self) -> None:
-        # append mode: whatever was read before, writes go to the end
-        self._stream = open(self._path, "a+b")  # noqa: SIM115
-
-    def _rows(self) -> Iterator[tuple[int, int]]:
-        """(offset in bytes, step) of each row."""
-        raise NotImplementedError
-
-    def _encode(self, row: Row) -> bytes:
-        raise NotImplementedError
-
-    def _is_torn(self, line: bytes) -> bool:
-        """Whether a last line without its line break was cut short; ValueError if it is no row at all."""
-        raise NotImplementedError
-
-    def _repair(self) -> None:
-        """End the file with a whole line."""
-        for _, offset, line in _lines(self._stream):
-            if not line.endswith(b"\n"):
-                if self._is_torn(line):
-                    self._truncate(offset)
-                else:
-                    self._stream.write(b"\n")
-                    self._stream.flush()
-                    self._last = max(step for _, step in self._rows())
-                return
-
-    def _drop_from(self, step: int) -> None:
-        self._last = None
-        for offset, found in self._rows():
-            if found >= step:
-                self._truncate(offset)
-                return
-            self._last = found
-
-    def _truncate(self, size: int) -> None:
-        self._stream.flush()
-        self._stream.truncate(size)
-        self._stream.seek(0, os.SEEK_END)
-
-
-class _JsonlFile(_RowFile):
-    def _encode(self, row: Row) -> bytes:
-        text = json.dumps({k: _to_json(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False)
-        return text.encode("utf-8", "backslashreplace") + b"\n"
-
-    def _rows(self) -> Iterator[tuple[int, int]]:
-        for number, offset, line in _lines(self._stream):
-            if line.strip() and line.endswith(b"\n"):
-                step = _parse_json(line, self._path, number)["step"]
-                assert isinstance(step, int)
-                yield offset, step
-
-    def _is_torn(self, line: bytes) -> bool:
-        try:
-            json.loads(line)
-        except ValueError:
-            if not line.startswith(b"{"):
-                raise ValueError(f"{self._path} is not a history: it ends in {line[:40]!r}") from None
-            return True
-        _parse_json(line, self._path, sum(1 for _ in _lines(self._stream)))
-        return False
-
-
-class _CsvFile(_RowFile):
-    """The header is the columns of the first row; a column that comes later has the file rewritten once."""
-
-    _header: list[str] | None = None
-
-    def _encode(self, row: Row) -> bytes:
-        head = b""
-        if self._header is None:
-            self._header = list(row)
-            head = _to_csv(self._header)
-        elif not set(row) <= set(self._header):
-            self._widen([name for name in row if name not in self._header])
-        return head + _to_csv([row.get(name) for name in self._header])
-
-    def _rows(self) -> Iterator[tuple[int, int]]:
-        self._header = None
-        for number, offset, line in _lines(self._stream):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                (cells,) = csv.reader([line.decode()])
-                if self._header is None:
-                    self._header, column = cells, cells.index("step")
-                    continue
-                step = int(cells[column])
-            except (ValueError, IndexError) as error:
-                raise ValueError(f"{self._path}, line {number}: not a row of a history ({error})") from None
-            yield offset, step
-
-    def _drop_from(self, step: int) -> None:
-        super()._drop_from(step)
-        if self._last is None:  # nothing is left of the older run: nor is its header
-            self._truncate(0)
-            self._header = None
-
-    def _is_torn(self, line: bytes) -> bool:
-        if self._header is None and line[:4] != b"step"[: len(line)]:
-            raise ValueError(f"{self._path} is not a history: it begins with {line[:40]!r}")
-        return True  # a cell may be cut anywhere: nothing tells a whole row but its line break
-
-    def _widen(self, names: list[str]) -> None:
-        assert self._header is not None
-        self._stream.flush()
-        self._stream.seek(0)
-        old = csv.reader(line.decode() for line in self._stream)
-        width = len(next(old))
-        self._header = self._header + names
-        draft = self._path.with_name(self._path.name + ".tmp")
-        with open(draft, "wb") as stream:
-            stream.write(_to_csv(self._header))
-            stream.writelines(_to_csv(cells[:width] + [""] * len(names)) for cells in old)
-        self._stream.close()
-        os.replace(draft, self._path)
-        self._open()
-
-
-def _lines(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, offset in bytes, line with its line break) of each line."""
-    stream.seek(0)
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        yield number, offset, line
-        offset += len(line)
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as stream:
-        for number, _, line in _lines(stream):
-            if not line.strip():
-                continue
-            try:
-                yield _parse_json(line, path, number)
-            except ValueError:
-                if line.endswith(b"\n"):
-                    raise  # only a line without its line break can have been torn by a kill
-
-
-def _parse_json(line: bytes, path: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        raise ValueError(f"{path}, line {number}: not a row of a history ({error})") from None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError(f"{path}, line {number}: not a row of a history (an object with an integer 'step')")
-    for name, value in row.items():
-        if isinstance(value, (dict, list)):
-            raise ValueError(f"{path}, line {number}: {name!r} is not a plain value")
-        row[name] = _from_json(name, value)
-    return row
-
-
-def _to_json(value: Value) -> Value:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _from_json(name: str, value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) and name not in _TEXT else value
-
-
-def _to_csv(cells: Sequence[Value]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(
-        [" ".join(cell.splitlines()) if isinstance(cell, str) else cell for cell in cells]
-    )
-    return text.getvalue().encode("utf-8", "backslashreplace")

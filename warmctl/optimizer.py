@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,20 +14,26 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from warmctl import checkpoint, checks, distributed
+from warmctl import checkpoint, checks
+from warmctl.amp import lend_scaler, take_back_scaler
 from warmctl.cadence import Cadence
-from warmctl.capture import GradientWatch, Marks, ModelCapture, loss_scale
+from warmctl.capture import ModelCapture, loss_scale
 from warmctl.controller import Controller, Reading, Signals
 from warmctl.estimator import Measurement, SharpnessEstimator, failed
-from warmctl.history import History
+from warmctl.history import COLUMNS, History
+from warmctl.live_graph import GraphProbe
 from warmctl.operators import METHODS
 from warmctl.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
-from warmctl.replay import Closure, RandomState, intercept_backward
+from warmctl.rates import ScaledRates
+from warmctl.replay import Closure, RandomState
+from warmctl.signals import StepSignals
 from warmctl.update_rules import learning_rate, update_rule
-from warmctl.vectors import gathered, local, locals_of
+from warmctl.vectors import locals_of
+from warmctl.watch import ClosureRun, GradientWatch
 
 log = logging.getLogger("warmctl")
 
+UNKNOWN = (math.nan, math.nan, math.nan)
 PATIENCE = 100
 """Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
 
@@ -94,14 +100,13 @@ class AdaptiveWarmup(Optimizer):
         self.counts = checkpoint.Counts(method=METHODS.index(hvp))
         self.history = History()
         self.last: Measurement | None = None
-        self.metrics: dict[str, Any] = {}
-        self._graph_probe = _GraphProbe()
+        self._row: tuple[Any, ...] = ()
+        self._graph_probe = GraphProbe()
         self._update: RealisedUpdate | Measurement | None = None
         self._reading: Measurement | None = None
-        self._in_closure = self._stepped = False
-        self._full_rates: list[Any] | None = None
-        self._written: list[tuple[Any, int]] = []
-        self._delayed = torch.full((2,), math.nan, dtype=torch.float64)
+        self._in_closure = self._stepped = self._announced = False
+        self._rates = ScaledRates()
+        self._signals = StepSignals()
         self._said: set[str] = set()
         self._publish("")
         checkpoint.announce(optimizer, self._numbers())
@@ -124,6 +129,12 @@ class AdaptiveWarmup(Optimizer):
     def phase(self) -> str:
         """One of "warmup", "guard", "done"."""
         return self.controller.phase
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The values of the latest step, as the history has them."""
+        beside = ("scheduled_lr", "loss", "probed")
+        return {name: value for name, value in zip(COLUMNS, self._row, strict=True) if name not in beside}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none=set_to_none)
@@ -160,8 +171,12 @@ class AdaptiveWarmup(Optimizer):
         """
         checks.closure(closure)
         steps = self.counts.steps
-        checkpoint.withdraw_vector(self.base, self._all_params())
-        skipped = self._lend_scaler()
+        if self._announced:
+            checkpoint.withdraw_vector(self.base, self._all_params())
+            self._announced = False
+        skipped = "found_inf" in self.__dict__ and lend_scaler(
+            self, self.base, [] if self.phase == "done" else self._params()
+        )
         result: Any
         try:
             if closure is not None:
@@ -169,15 +184,16 @@ class AdaptiveWarmup(Optimizer):
                 self._measure_update()
                 return result
             if not skipped:
-                loss = self.prober.capture.loss if self._graph_probe.loss is None else self._graph_probe.loss
-                self._decide(Evaluation(loss=loss, untouched=self.watch.untouched))
+                self._decide(self.prober.capture.loss if self._graph_probe.loss is None else self._graph_probe.loss)
             result = self.base.step()
             self._measure_update()
             return result
         finally:
             self._finish()
             if self.counts.steps == steps and not any(learning_rate(group) for group in self.param_groups):
-                self.metrics = {**self.metrics, "lr": 0.0}
+                self._row = tuple(
+                    0.0 if name == "lr" else value for name, value in zip(COLUMNS, self._row, strict=True)
+                )
 
     step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
 
@@ -194,14 +210,14 @@ class AdaptiveWarmup(Optimizer):
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
         if self.prober.loss_fn is None:
             raise ValueError("observe(batch) needs AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)")
-        self.prober.observed = batch, RandomState([p.device for p in self._params()])
+        self.prober.observed = batch, RandomState({p.device for p in self._params()})
 
     def restart(self) -> None:
         """Begin warmup again from here."""
         self.controller.restart()
         self.cadence.restart()
         self.estimator.vector = self.last = self._reading = None
-        self.prober.capture.enabled = True
+        self.prober.capture.enabled = self.watch.marking = True
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: tensors and primitives only.
@@ -214,6 +230,7 @@ class AdaptiveWarmup(Optimizer):
         packed = checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param)
         if self._stepped:
             checkpoint.announce_vector(self.base, by_param)
+            self._announced = True
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -234,15 +251,10 @@ class AdaptiveWarmup(Optimizer):
             part.load_state_values(numbers[:size])
             numbers = numbers[size:]
         size = len(numbers) // 2
-        self.last, self._reading = (
-            Measurement.from_values(numbers[:size]),
-            Measurement.from_values(numbers[size:]),
-        )
-        self._delayed = torch.tensor([self.counts.loss, self.counts.norm], dtype=torch.float64)
-        self.estimator.method, self.prober.closure_replays = (
-            METHODS[int(self.counts.method)],
-            self.counts.replays,
-        )
+        self.last, self._reading = Measurement.from_values(numbers[:size]), Measurement.from_values(numbers[size:])
+        self._signals = StepSignals(self.counts.loss, self.counts.norm)
+        self.estimator.method, self.prober.closure_replays = METHODS[int(self.counts.method)], self.counts.replays
+        self.watch.marking = True
         self.estimator.load_vector(trainable, self._params())
         self._publish("resumed", recorded=False)
         checkpoint.announce(self.base, self._numbers())
@@ -269,71 +281,56 @@ class AdaptiveWarmup(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
                 if not called:
-                    self._decide(Evaluation(loss=loss.detach() if isinstance(loss, Tensor) else None))
+                    self._decide(loss.detach() if isinstance(loss, Tensor) else None)
                 called = True
                 return loss
             called = True
-            params = self._params()
-            random_state = RandomState([p.device for p in params])
-            self.prober.capture.enabled = False  # the closure is the better source
-            before, left = Marks(params), None
-            earlier: list[int] = []
-
-            def backward(original: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
-                earlier.append(self.watch.passes if self.watch.holding else 0)
-                if self.prober.closure_replays == 0.0 and _is_plain_loss(tensors, *args, **kwargs):
-                    self._backward_on_graph(tensors, lambda: original(tensors))
-                else:
-                    original(tensors, *args, **kwargs)
-                nonlocal left
-                left = Marks(params)
-
+            self.prober.capture.remove()  # the closure is the better source
+            on_graph = self._backward_on_graph if self.prober.closure_replays == 0.0 else None
+            run = ClosureRun(closure, self._params(), self.watch, on_graph)
             self._in_closure = True
             try:
-                with torch.enable_grad(), intercept_backward(backward):
-                    loss = closure()
-                checks.returned_loss(
-                    loss, any(p.grad is not None for p in params), left is not None or not before.hold()
-                )
-                value = (
-                    loss.detach() if isinstance(loss, Tensor) else None if loss is None else torch.tensor(float(loss))
-                )
-                added_to = earlier[0] if earlier else 0  # micro-batches whose gradient was there already
-                weight = self.watch.passes / max(self.watch.passes - added_to, 1) if added_to else 1.0
-                untouched = left is not None and left.hold() and not added_to
-                skipped = loss is None and left is None
-                self._decide(Evaluation(closure, random_state, value, untouched, weight, skipped))
+                loss = run.evaluate()
+                self._decide(run.loss, run)
             finally:
                 self._in_closure = False
             return loss
 
         return evaluate
 
-    def _decide(self, evaluation: Evaluation) -> None:
-        """Probe if due, ask the controller, scale the rates. Does nothing for a step that moves nothing."""
-        params = self._params()
-        rate = max((learning_rate(group) for group in self.param_groups), default=0.0)
-        if rate <= 0.0 or all(p.grad is None for p in params):
+    def _decide(self, loss: Tensor | None, run: ClosureRun | None = None) -> None:
+        """Probe if due, ask the controller, scale the rates. Does nothing for a step that moves nothing.
+
+        Args:
+            loss: the step's, detached; None if unknown.
+            run: the evaluation of the closure that led to it, if that was watched.
+        """
+        rate = self._largest_rate()
+        if rate <= 0.0 or not self._has_gradient():
             return
         self.counts.steps += 1
-        gradients = 1 if evaluation.closure is not None else max(self.watch.passes, self._graph_probe.passes, 1)
+        gradients = 1 if run is not None else max(self.watch.passes, self._graph_probe.passes, 1)
         self.counts.gradients += gradients
         if self.phase == "done":
-            self.prober.capture.enabled = False  # nothing will be measured: record no more forwards
+            self.prober.capture.remove()  # nothing will be measured
+            self.watch.marking = False
             self._scale_rates(self.controller.update(rate).scale)
-            known = evaluation.loss is not None and evaluation.loss.device.type == "cpu"  # never wait for a device here
-            self._publish("", loss=float(evaluation.loss) if known and evaluation.loss is not None else None)
+            known = loss is not None and loss.device.type == "cpu"  # never wait for a device here
+            self._publish("", loss=float(loss) if known and loss is not None else None)
             return
-        loss, norm = self._signals(evaluation, params)
-        due = self.cadence.due(loss, norm, self._probe_cost(), self.phase != "warmup", gradients)
-        broken = self._broken(evaluation, loss, norm, params[0].device)
-        found = None if broken else self._measure(due, evaluation, params)
+        params = self._params() if run is None else run.params
+        value, norm = self._signals.read(loss, params)
+        due = self.cadence.due(value, norm, self._probe_cost(), self.phase != "warmup", gradients)
+        broken = self._broken(loss is not None, value, norm, params[0].device)
+        found = None if broken else self._measure(due, loss, run, params)
         if found is not None and self.rule is not None:
             found = self._account(found)
         reading = None
         if found is not None:
             tolerant = self.rule is not None and self.rule.tolerates_overshoot
-            reading = Reading(found.ratio, found.momentum_share, found.relative_update, tolerant, found.reason)
+            reading = Reading(
+                found.ratio, found.share, found.relative_update, tolerant, bool(found.noisy), found.reason
+            )
         if broken:
             reading = Reading(math.nan, reason="the loss or its gradient is not finite")
         was = self.phase
@@ -344,8 +341,7 @@ class AdaptiveWarmup(Optimizer):
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         self._scale_rates(decision.scale)
         ratio = decision.ratio if self.control or not decision.scale else decision.ratio / decision.scale
-        seen = None if evaluation.loss is None else loss
-        self._publish(decision.reason, loss=seen, probed=found is not None, ratio=ratio)
+        self._publish(decision.reason, None if loss is None else value, found is not None, ratio)
 
     def _account(self, found: Measurement) -> Measurement:
         """Book a probe."""
@@ -360,38 +356,52 @@ class AdaptiveWarmup(Optimizer):
             self._warn(found.reason)
         return found
 
-    def _broken(self, evaluation: Evaluation, loss: float, norm: float, device: torch.device) -> bool:
+    def _broken(self, known: bool, loss: float, norm: float, device: torch.device) -> bool:
         """Whether the loss or the gradient is not finite; in an accelerator's first step nan is not known yet."""
         unknown = math.isnan(norm) and self.counts.steps == 1 and device.type != "cpu"
-        return not unknown and not (math.isfinite(norm) and (evaluation.loss is None or math.isfinite(loss)))
+        return not unknown and not (math.isfinite(norm) and (not known or math.isfinite(loss)))
 
-    def _measure(self, due: str, evaluation: Evaluation, params: list[Tensor]) -> Measurement | None:
+    def _measure(
+        self, due: str, loss: Tensor | None, run: ClosureRun | None, params: list[Tensor]
+    ) -> Measurement | None:
         """The reading for this step, if there is one: made now, on the live graph before, or on the last update."""
-        due = "" if evaluation.skipped else due
-        if self.rule is None:
-            found, self._reading = self._reading, None
-            rate = max(learning_rate(group) for group in self.param_groups)
-            if found is not None:  # along the last update, at the rate of that
-                found = replace(found, ratio=found.ratio * rate / self.counts.rate)
-            if due and (found is None or self.cadence.every == 1):  # else `due` has not heard of this probe yet
-                if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
-                    self._no_source()
-                    return found
-                self._update, self.counts.rate = self.prober.before_update(evaluation, params), rate
-            return found
         graph = self._graph_probe
-        if graph.found is not None:
+        if self.rule is not None and graph.found is not None:
             return graph.found.times(graph.passes)
+        if run is not None and run.skipped:
+            due = ""
+        if self.rule is None:
+            found = self._last_update()
+            if due and (found is None or self.cadence.every == 1):  # else `due` has not heard of this probe yet
+                self._begin_update(self._evaluation(loss, run), params)
+            return found
         if not due:
             return None
-        if not self.prober.has_source(evaluation):
-            if graph.passes == 0 and self.prober.closure_replays == 0.0:
-                return failed(self.prober.why_no_source)
-            if graph.passes == 0:
-                self._no_source()
-            graph.wanted = graph.wanted or graph.passes > 0
+        evaluation = self._evaluation(loss, run)
+        if self.prober.has_source(evaluation):
+            return self.prober.probe(evaluation, params, self._probe_seed())
+        if graph.passes == 0 and self.prober.closure_replays == 0.0:
+            return failed(self.prober.why_no_source)
+        if graph.passes == 0:
+            self._no_source()
+        graph.wanted = graph.wanted or graph.passes > 0
+        return None
+
+    def _evaluation(self, loss: Tensor | None, run: ClosureRun | None) -> Evaluation:
+        return Evaluation(loss=loss, untouched=self.watch.untouched) if run is None else run.evaluation()
+
+    def _last_update(self) -> Measurement | None:
+        """The reading along the last update, where the rule is not known, at the rate of that."""
+        found, self._reading = self._reading, None
+        if found is None:
             return None
-        return self.prober.probe(evaluation, params, self._probe_seed())
+        return replace(found, ratio=found.ratio * self._largest_rate() / self.counts.rate)
+
+    def _begin_update(self, evaluation: Evaluation, params: list[Tensor]) -> None:
+        if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
+            return self._no_source()
+        self._update = self.prober.before_update(evaluation, params)
+        self.counts.rate = self._largest_rate()
 
     def _no_source(self) -> None:
         """Raise at the first probe. One that has been made, or a batch that may be observed later, is worth waiting."""
@@ -411,68 +421,16 @@ class AdaptiveWarmup(Optimizer):
     def _finish(self) -> None:
         """After the update: the schedule's own rates again, the batch forgotten."""
         self._stepped = True
-        restored: dict[int, tuple[Tensor, Tensor]] = {}  # groups may share one tensor
-        if self._full_rates is not None:
-            for group, full, written in zip(self.param_groups, self._full_rates, self._written, strict=False):
-                if not _is_as_written(group["lr"], *written):
-                    continue  # a step hook has written a rate of its own: it stays
-                if isinstance(full, Tensor):
-                    restored[id(group["lr"])] = group["lr"], full
-                else:
-                    group["lr"] = full
-            for rate, full in restored.values():
-                rate.copy_(full)
-            self._full_rates = None
+        self._rates.restore(self.param_groups)
         self._update = None
         self._graph_probe.next_step()
         self.prober.forget()
         self.watch.clear()
-        for name in ("grad_scale", "found_inf"):
-            self.base.__dict__.pop(name, None)
+        take_back_scaler(self.base)
 
     def _scale_rates(self, scale: float) -> None:
-        if not self.control or scale == 1.0:
-            return
-        rates = [group["lr"] for group in self.param_groups]
-        self._full_rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        for tensor in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
-            tensor.mul_(scale)  # once, however many groups share it
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            if not isinstance(rate, Tensor):
-                group["lr"] = rate * scale
-        self._written = [(g["lr"], g["lr"]._version if isinstance(g["lr"], Tensor) else 0) for g in self.param_groups]
-
-    def _signals(self, evaluation: Evaluation, params: list[Tensor]) -> tuple[float, float]:
-        """Loss and gradient norm, the same on every rank; nan where unknown.
-
-        On an accelerator they are those of the step before: reading this step's would make the device wait.
-        """
-        grads = [local(p.grad) for p in params if p.grad is not None]
-        norms = torch._foreach_norm([g if g.layout == torch.strided else g.coalesce().values() for g in grads])
-        home = norms[0].device
-        square = gathered(norms).square().sum()
-        loss = torch.full_like(square, math.nan) if evaluation.loss is None else evaluation.loss.to(square)
-        signals = distributed.average(torch.stack([loss.reshape(()), square.sqrt()]))
-        if home.type != "cpu":
-            signals, self._delayed = self._delayed, signals
-        found: list[float] = signals.tolist()
-        return found[0], found[1]
-
-    def _lend_scaler(self) -> bool:
-        """Hand what GradScaler left on this object to the wrapped optimizer. True if the step will be skipped."""
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        if found_inf is None:
-            return False
-        self.base.grad_scale, self.base.found_inf = scale, found_inf  # type: ignore[attr-defined]
-        if float(found_inf) != 0.0:
-            return True
-        if self.phase == "done":
-            return False
-        if scale is not None:  # unscale here, as the fused kernel would: a probe needs the true gradient
-            grads = [local(p.grad) for p in self._params() if p.grad is not None]
-            torch._foreach_div_(grads, scale.to(grads[0].device))
-            self.base.grad_scale = None  # type: ignore[attr-defined]
-        return False
+        if self.control and scale != 1.0:
+            self._rates.scale(self.param_groups, scale)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -484,6 +442,12 @@ class AdaptiveWarmup(Optimizer):
     def _params(self) -> list[Tensor]:
         """The trainable parameters, group by group."""
         return [p for p in self._all_params() if p.requires_grad]
+
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"] if p.requires_grad)
+
+    def _largest_rate(self) -> float:
+        return max((learning_rate(group) for group in self.param_groups), default=0.0)
 
     def _probe_cost(self) -> float:
         return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
@@ -506,47 +470,39 @@ class AdaptiveWarmup(Optimizer):
         ratio: float = math.nan,
         recorded: bool = True,
     ) -> None:
-        counts, last, group = self.counts, self.last, self.param_groups[0]
+        """Keep the row of this step, in the order of `COLUMNS`."""
+        counts, last = self.counts, self.last
         scale = self.controller.applied if self.control else 1.0
-        scheduled = learning_rate(group) if self._full_rates is None else float(self._full_rates[0])
-        self.metrics = {
-            "step": int(counts.steps),
-            "phase": self.phase,
-            "scale": scale,
-            "lr": scale * scheduled,
-            "sharpness": last.sharpness if last else math.nan,
-            "threshold": last.threshold if last else math.nan,
-            "stability_ratio": ratio,
-            "target": self.controller.target,
-            "residual": last.residual if last else math.nan,
-            "hvps": int(counts.hvps),
-            "probes": int(counts.probes),
-            "overhead": counts.cost / max(counts.gradients, 1.0),
-            "reason": reason,
-        }
-        if counts.steps and recorded:
-            self.history.append({**self.metrics, "scheduled_lr": scheduled, "loss": loss, "probed": probed})
+        scheduled = self._rates.scheduled(self.param_groups)
+        steps, overhead = int(counts.steps), counts.cost / max(counts.gradients, 1.0)
+        sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
+        self._row = (
+            *(steps, self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
+            *(self.controller.target, residual, int(counts.hvps), int(counts.probes), overhead, probed, reason),
+        )
+        if steps and recorded:
+            self.history.record(self._row)
 
     # State
 
-    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts, _GraphProbe, ModelCapture]:
+    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts, GraphProbe, ModelCapture]:
         return self.controller, self.cadence, self.counts, self._graph_probe, self.prober.capture
 
     def _numbers(self) -> list[float]:
-        self.counts.loss, self.counts.norm = self._delayed.tolist()
+        self.counts.loss, self.counts.norm = self._signals.delayed.tolist()
         values = [value for part in self._parts() for value in part.state_values()]
         return [*values, *Measurement.values(self.last), *Measurement.values(self._reading)]
 
     def __getstate__(self) -> dict[str, Any]:
         # "step": a scheduler's patch on the instance, bound to the original.
-        transient = {"watch", "_update", "_full_rates", "_written", "grad_scale", "found_inf", "step"}
+        transient = {"watch", "_update", "_rates", "grad_scale", "found_inf", "step"}
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.estimator.optimizer = self.base
         self.watch = GradientWatch(self._params())
-        self._update, self._full_rates, self._written = None, None, []
+        self._update, self._rates = None, ScaledRates()
 
 
 # The hooks of the wrapper are those of the base, so that they are registered once and fire once.
@@ -559,38 +515,3 @@ for _name in (
     "_optimizer_load_state_dict_post_hooks",
 ):
     setattr(AdaptiveWarmup, _name, property(lambda self, name=_name: getattr(self.base, name)))  # type: ignore[misc]
-
-
-@dataclass
-class _GraphProbe:
-    """A probe on the live graph of `backward(loss)`: asked for at one step, made in the last backward of the next."""
-
-    wanted: bool = True
-    found: Measurement | None = None
-    passes: int = 0
-    passes_before: int = 1
-    loss: Tensor | None = None
-
-    def state_values(self) -> list[float]:
-        return [float(self.wanted), float(self.passes_before)]
-
-    def load_state_values(self, values: list[float]) -> None:
-        self.wanted, self.passes_before = bool(values[0]), int(values[1])
-
-    def next_step(self) -> None:
-        if self.found is not None:
-            self.wanted, self.found = False, None
-        self.passes_before, self.passes, self.loss = max(self.passes, 1), 0, None
-
-
-def _is_as_written(rate: Any, written: Any, version: int) -> bool:
-    """Whether a group's rate is still what it was scaled to. A tensor is not read, which would make a device wait."""
-    if isinstance(written, Tensor):
-        return rate is written and rate._version == version
-    return not isinstance(rate, Tensor) and bool(rate == written)
-
-
-def _is_plain_loss(tensors: Any, grad_tensors: Any = None, keep: Any = None, create: bool = False, **more: Any) -> bool:
-    """Whether these arguments of `torch.autograd.backward` say no more than `loss.backward()`."""
-    plain = grad_tensors is None and not keep and not create and all(v is None for v in more.values())
-    return isinstance(tensors, Tensor) and tensors.numel() == 1 and plain

@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -42,31 +42,54 @@ class NotReplayable(RuntimeError):
 class RandomState:
     """The state of every random stream a training step may draw from: torch on each device, NumPy, Python."""
 
-    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         self.devices = [d for d in dict.fromkeys(devices) if d.type not in ("cpu", "meta")]
         self.cpu = torch.get_rng_state()
         self.device_states = [torch.get_device_module(d).get_rng_state(d) for d in self.devices]
-        self.numpy = np.random.get_state()
-        spare = self.numpy[3]  # type: ignore[index]
-        self.numpy_mark = None if spare else _numpy_mark()  # a spare normal is drawn without a trace
-        self.python = random.getstate()
+        self.numpy, self.python = _NUMPY.read(), random.getstate()
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in zip(self.devices, self.device_states, strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
-        if self.numpy_mark is None or _numpy_mark() != self.numpy_mark:
-            np.random.set_state(self.numpy)
+        _NUMPY.restore(*self.numpy)
         random.setstate(self.python)
 
 
-def _numpy_mark() -> tuple[int, bytes] | None:
-    """Where NumPy's global generator stands, at a hundredth of the cost of reading or setting its state."""
-    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if not isinstance(generator, np.random.MT19937):
-        return None
-    address = generator.ctypes.state_address
-    return address, ctypes.string_at(address, 625 * 4)  # 624 words and the position in them
+class _NumpyState:
+    """NumPy's global generator. To read its state takes 60 µs: it is read again only once the generator has moved.
+
+    A spare normal is drawn without moving it: once one has been seen, the state is read and set every time.
+    """
+
+    def __init__(self) -> None:
+        self.spares = False
+        self.last: tuple[Any, Any] = None, None
+
+    def read(self) -> tuple[Any, Any]:
+        """A mark of where it stands, or None if there is no telling, and the state."""
+        mark = None if self.spares else self.mark()
+        if mark is None or mark != self.last[0]:
+            state: Any = np.random.get_state()
+            self.spares = self.spares or bool(state[3])
+            self.last = None if self.spares else mark, state
+        return self.last
+
+    def restore(self, mark: Any, state: Any) -> None:
+        if mark is None or mark != self.mark():
+            np.random.set_state(state)
+
+    @staticmethod
+    def mark() -> tuple[int, bytes] | None:
+        """The generator's 624 words and the position in them."""
+        generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if not isinstance(generator, np.random.MT19937):
+            return None
+        address = generator.ctypes.state_address
+        return address, ctypes.string_at(address, 625 * 4)
+
+
+_NUMPY = _NumpyState()
 
 
 @contextmanager
@@ -76,7 +99,7 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set
     aside.
     """
-    random_state = RandomState([p.device for p in params])
+    random_state = RandomState({p.device for p in params})
     grads = [p.grad for p in params]
     shared = [(g, g.clone()) for g in grads if g is not None and g._is_view()]  # DDP reuses its buckets
     modules = list(module.modules()) if module is not None else []
@@ -93,7 +116,8 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
         for grad, value in shared:
             grad.data.copy_(value)
         for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
+            if m.training != mode:
+                m.training = mode
         for m, name, buffer, value in buffers:
             buffer.data.copy_(value)  # .data: no new version, a graph of the caller's that saved it stays valid
             m._buffers[name] = buffer
@@ -197,7 +221,7 @@ class Replay:
         self.closure = closure
         self.params = list(params)
         self.module = module
-        self.random_state = random_state or RandomState([p.device for p in params])
+        self.random_state = random_state or RandomState({p.device for p in params})
         self.reduce = reduce
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
@@ -320,15 +344,18 @@ class Replay:
         """Note, once, the precision of the forward pass and what other leaves backward writes to."""
         if self._bystanders is not None:
             return
-        known = {id(p) for p in self.params}
         leaves = list(self.module.parameters()) if self.module is not None else []
+        dtypes: set[torch.dtype] = set()
         for node in _graph_nodes(_as_list(tensors)):
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            for output in getattr(node, "_input_metadata", ()):
-                if output.dtype.is_floating_point:
-                    self.precision = max(self.precision, torch.finfo(output.dtype).eps)
-        self._bystanders = [leaf for leaf in dict.fromkeys(leaves) if id(leaf) not in known]
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                leaves.append(leaf)
+            dtypes.update(output.dtype for output in getattr(node, "_input_metadata", ()))
+        self.precision = max([self.precision, *(torch.finfo(d).eps for d in dtypes if d.is_floating_point)])
+        others = {id(leaf): leaf for leaf in leaves}
+        for p in self.params:
+            others.pop(id(p), None)
+        self._bystanders = list(others.values())
 
 
 @contextmanager
@@ -351,9 +378,10 @@ def _graph_nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
     while stack:
         node = stack.pop()
         yield node
-        following = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= following
-        stack.extend(following)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
 
 
 def _as_list(tensors: Any) -> list[Any]:

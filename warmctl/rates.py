@@ -1,0 +1,53 @@
+"""Learning rates of the groups: scaled for the length of one step, then the schedule's own again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from warmctl.update_rules import learning_rate
+
+
+class ScaledRates:
+    """Tensor rates are filled in place and never read, which would make a device wait."""
+
+    def __init__(self) -> None:
+        self._full: list[Any] | None = None
+        self._written: list[tuple[Any, int]] = []
+
+    def scale(self, groups: list[dict[str, Any]], factor: float) -> None:
+        rates = [group["lr"] for group in groups]
+        self._full = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        for tensor in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
+            tensor.mul_(factor)  # once, however many groups share it
+        for group, rate in zip(groups, rates, strict=True):
+            if not isinstance(rate, Tensor):
+                group["lr"] = rate * factor
+        self._written = [(g["lr"], g["lr"]._version if isinstance(g["lr"], Tensor) else 0) for g in groups]
+
+    def restore(self, groups: list[dict[str, Any]]) -> None:
+        """Put back every rate that is still as `scale` left it: one that a step hook has written since stays."""
+        if self._full is None:
+            return
+        restored: dict[int, tuple[Tensor, Tensor]] = {}  # groups may share one tensor
+        for group, full, written in zip(groups, self._full, self._written, strict=False):
+            if not _is_as_written(group["lr"], *written):
+                continue
+            if isinstance(full, Tensor):
+                restored[id(group["lr"])] = group["lr"], full
+            else:
+                group["lr"] = full
+        for rate, full in restored.values():
+            rate.copy_(full)
+        self._full = None
+
+    def scheduled(self, groups: list[dict[str, Any]]) -> float:
+        """The first group's rate without the scale."""
+        return learning_rate(groups[0]) if self._full is None else float(self._full[0])
+
+
+def _is_as_written(rate: Any, written: Any, version: int) -> bool:
+    if isinstance(written, Tensor):
+        return rate is written and rate._version == version
+    return not isinstance(rate, Tensor) and bool(rate == written)
