@@ -200,17 +200,35 @@ def test_without_any_reading_the_scale_is_held_low_and_warmup_ends_in_the_end() 
 def test_warmup_ends_although_probes_begin_to_fail() -> None:
     controller = Controller()
     controller.update(1.0, Reading(2.0))
-    for _ in range(100):
+    for _ in range(300):
         decision = controller.update(1.0, Reading(math.nan, reason="no"))
     assert (decision.scale, decision.phase) == (0.25, "guard")
 
 
-def test_a_tolerant_rule_is_not_cut_for_a_mild_overshoot() -> None:
-    for tolerant, scale in ((True, 0.5), (False, 0.5 / 1.15)):
+def test_a_tolerant_rule_is_cut_at_the_edge_another_at_target() -> None:
+    for tolerant, scale in ((True, 0.5), (False, 0.5 / 1.9)):
         controller = Controller()
         controller.update(1.0, Reading(1.0))
-        assert controller.update(1.0, Reading(1.15, tolerant=tolerant)).scale == pytest.approx(scale)
-        assert controller.update(1.0, Reading(2.0, tolerant=tolerant)).scale == pytest.approx(0.25)
+        assert controller.update(1.0, Reading(1.9, tolerant=tolerant)).scale == pytest.approx(scale)
+        assert controller.update(1.0, Reading(2.1, tolerant=tolerant)).scale == pytest.approx(0.5 / 2.1)
+
+
+def test_guard_cuts_a_tolerant_rule_at_target() -> None:
+    controller = Controller(max_warmup=1)
+    controller.update(1.0, Reading(0.5, tolerant=True))
+    assert controller.phase == "guard"
+    assert controller.update(1.0, Reading(1.0, tolerant=True)).scale == pytest.approx(0.5)
+
+
+def test_noisy_readings_are_averaged_both_ways() -> None:
+    """A ratio of λ and a share of its own; what counts is one over the other."""
+    controller = Controller()
+    controller.update(1.0, Reading(8.0))
+    decision = controller.update(1.0, Reading(8.0, share=16.0, noisy=True))  # 8, and a share of 1 before
+    assert decision.closeness == pytest.approx(decision.scale * 8.0 / (0.5 * 4.0))
+    controller.update(1.0, Reading(32.0, share=4.0, noisy=True))
+    assert controller.state.forecast == pytest.approx(16.0)
+    assert controller.state.share == pytest.approx(4.0)
 
 
 def test_guard_only_cuts() -> None:

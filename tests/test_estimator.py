@@ -76,7 +76,7 @@ def exact_ratio(opt: torch.optim.Optimizer, model: nn.Module, loss: Loss, batch:
 
 def measured(opt: AdaptiveWarmup) -> float:
     assert opt.last is not None and not opt.last.reason, opt.last
-    return opt.last.ratio / opt.last.momentum_share  # of this very step
+    return opt.last.ratio / opt.last.share  # of this very step
 
 
 def monitor(base: torch.optim.Optimizer, model: nn.Module, steps: int, **options: Any) -> AdaptiveWarmup:

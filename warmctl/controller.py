@@ -27,8 +27,9 @@ UNMEASURED = 1e-2
 """Scale before the first reading, and for good if no probe ever succeeds."""
 SETTLED_AGE, SETTLED_STEPS, SETTLED_PROBES = 1.5, 20, 2
 """Warmup ends when the run is so many times as old as at its highest scale, so many steps and probes later."""
-HIGHER, RECOVERED, PATIENCE = 1.1, 0.9, 4.0
-"""A new high is so much higher; the end waits for a scale cut since then to come back this far, up to this age."""
+HIGHER, RECOVERED, PATIENCE, PATIENCE_STEPS = 1.1, 0.9, 4.0, 200
+"""A new high is so much higher; the end waits for a scale cut since then to come back this far, up to so many
+times the age, or steps."""
 DECADE_POWER = 2.0
 """Power of the growth law for each decade that the stability ratio is below target."""
 LARGEST_FALL = 0.01
@@ -41,8 +42,6 @@ SURPRISE, SURPRISE_FAR, NEAR = 2.0, 4.0, 0.1
 """A norm so many times its average shortens the step: where the ratio is so near target, and where farther off."""
 SHORTEST, RECOVERY = 0.1, 1.1
 """Least shortening, and the way back a step."""
-CATAPULT = 1.2
-"""Ratio over target up to which a rule that settles by itself, SGD, is not cut; an adaptive one is cut at once."""
 PATIENT_STEPS = 1000
 """Steps after which warmup ends without a single successful probe, at the scale `UNMEASURED`."""
 RELEASE_GROWTH = 1.05
@@ -60,6 +59,7 @@ class Reading:
         share: the edge of this very step over the long-run edge, see `UpdateRule.momentum_share`.
         relative_update: ‖update‖ / ‖weights‖ of the coming step at the full rate, the median over weight matrices.
         tolerant: the rule undoes a step a little over the edge by itself, see `UpdateRule.tolerates_overshoot`.
+        noisy: the share is a noisy one: ratio and share are averaged over readings, half the weight on the last.
         reason: why it failed, or "".
     """
 
@@ -67,6 +67,7 @@ class Reading:
     share: float = 1.0
     relative_update: float = 0.0
     tolerant: bool = False
+    noisy: bool = False
     reason: str = ""
 
     @property
@@ -175,7 +176,7 @@ class Controller:
             return self._end(rate, f"probe failed, scale held: {reading.reason}")
         if reading is not None:
             s.readings += 1
-            s.forecast, s.share = self._forecast(max(reading.ratio, 0.0) / rate), reading.share
+            s.forecast, s.share = self._forecast(reading, rate), self._share(reading)
             s.relative_update = reading.relative_update / rate
         if math.isnan(s.forecast):
             return self._end(rate)
@@ -186,15 +187,19 @@ class Controller:
             s.shortening = min(s.shortening, max(allowed / signals.surprise, SHORTEST))
         return self._end(rate, reason)
 
-    def _forecast(self, curvature: float) -> float:
+    def _forecast(self, reading: Reading, rate: float) -> float:
         """Rising counts at once; a fall counts half in log, and as one of two decades at most.
 
         A Ritz value is a lower bound: a low one, or one below 0, may only mean that the probe looked elsewhere.
         """
-        before = self.state.forecast
-        if math.isnan(before) or curvature >= before:
+        before, curvature = self.state.forecast, max(reading.ratio, 0.0) / rate
+        if math.isnan(before) or (curvature >= before and not (reading.noisy and before)):
             return curvature
         return math.sqrt(before * max(curvature, before * LARGEST_FALL))
+
+    def _share(self, reading: Reading) -> float:
+        noisy = reading.noisy and self.state.readings > 1
+        return math.sqrt(self.state.share * reading.share) if noisy else reading.share
 
     def _move(self, carried: float, rate: float, reading: Reading | None, losing: bool) -> str:
         """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
@@ -203,7 +208,7 @@ class Controller:
         """
         s = self.state
         first = reading is not None and s.readings == 1 and self.phase == "warmup"
-        slack = CATAPULT if reading is not None and reading.tolerant else 1.0
+        slack = self._slack(reading)
         before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
         limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else math.inf)
         if first:
@@ -219,6 +224,11 @@ class Controller:
         if first:
             return f"started at scale {s.scale:.3g}"
         return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
+
+    def _slack(self, reading: Reading | None) -> float:
+        """Ratio over target up to which a reading is no reason to cut: SGD undoes a step near the edge by itself."""
+        tolerated = reading is not None and reading.tolerant and self.phase == "warmup"
+        return max(1.0 / self.target, 1.0) if tolerated else 1.0
 
     def _end(self, rate: float, reason: str = "") -> Decision:
         """End warmup if it is time, and decide."""
@@ -237,7 +247,7 @@ class Controller:
         if s.readings and (s.scale >= HIGHER * s.highest or s.scale >= 1.0 > s.highest):
             s.highest, s.highest_age, s.highest_probes = s.scale, s.age, s.probes
         old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + SETTLED_STEPS)
-        back = s.scale >= RECOVERED * s.highest or s.age >= PATIENCE * max(s.highest_age, SETTLED_STEPS)
+        back = s.scale >= RECOVERED * s.highest or s.age >= max(PATIENCE * s.highest_age, PATIENCE_STEPS)
         if not s.readings and s.age >= PATIENT_STEPS:
             return f"no probe succeeded, the rate stays at {UNMEASURED:g} of the schedule"
         if not (s.readings and old and back and s.probes - s.highest_probes >= SETTLED_PROBES):

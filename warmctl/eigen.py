@@ -82,6 +82,7 @@ def lanczos(
     first = _start_vector(operator, start, seed, noise)
     if first is None:
         return EigenResult(0.0, [torch.zeros_like(t) for t in operator.template], 0.0, 0, True)
+    del start  # by now the caller's alone, or nobody's
     basis, alphas = [first], []
     betas: list[float] = []
     while True:
@@ -152,7 +153,9 @@ def power_iteration(
     raise AssertionError("unreachable")
 
 
-def ritz_step(operator: SymmetricOperator, vector: Vector, direction: Callable[[], Vector]) -> EigenResult:
+def ritz_step(
+    operator: SymmetricOperator, vector: Vector, direction: Callable[[], Vector]
+) -> tuple[EigenResult, float]:
     """Rayleigh–Ritz on two directions, the tracked eigenvector and that of the coming step, and one power step.
 
     Neither direction is taken from the Hessian of this batch, as those of a Krylov space are, whose choice biases the
@@ -163,24 +166,26 @@ def ritz_step(operator: SymmetricOperator, vector: Vector, direction: Callable[[
         vector: the tracked eigenvector, a unit vector; overwritten.
         direction: makes the second direction anew; called twice, to hold one vector less.
 
+    Returns: the Ritz pair, and the Rayleigh quotient of the second direction alone (nan where it has no length).
+
     Cost: 2 products. Memory: two vectors beside `vector`, and what a product takes.
     """
     first = _unit(operator, direction())
     if first is None:
-        return power_step(operator, vector)
+        return power_step(operator, vector), math.nan
     image = operator.matvec(first)
     along = operator.inner(first, image)
     add_(vector, first, -operator.inner(first, vector))
     second = _unit(operator, vector)
     if second is None:
         size = math.sqrt(operator.inner(image, image))
-        return EigenResult(along, first, math.sqrt(max(size * size - along * along, 0.0)), 1, False)
+        return EigenResult(along, first, math.sqrt(max(size * size - along * along, 0.0)), 1, False), along
     across = operator.inner(second, image)
     del first
     other = operator.matvec(second)
     matrix = np.array([[along, across], [across, operator.inner(second, other)]])
     if not np.isfinite(matrix).all():
-        return EigenResult(math.nan, second, math.nan, 2, False)
+        return EigenResult(math.nan, second, math.nan, 2, False), math.nan
     values, vectors = np.linalg.eigh(matrix)
     value, (a, b) = float(values[-1]), (float(vectors[0, -1]), float(vectors[1, -1]))
     product = add_(scale_(image, a), other, b)
@@ -192,7 +197,7 @@ def ritz_step(operator: SymmetricOperator, vector: Vector, direction: Callable[[
     again = direction()
     length = math.sqrt(operator.inner(again, again))
     following = _unit(operator, add_(product, again, shift * a / max(length, 1e-30)))
-    return EigenResult(value, again if following is None else following, residual, 2, False)
+    return EigenResult(value, again if following is None else following, residual, 2, False), along
 
 
 def _unit(operator: SymmetricOperator, vector: Vector) -> Vector | None:

@@ -32,6 +32,10 @@ LOW_PRECISION_AGREEMENT = 0.1
 STEP = 1e-3
 """Relative step of the probe's finite differences, ten times `operators.FD_STEP`. A short step across the kinks of a
 ReLU is nearly all noise; a longer one is off where the loss is far from quadratic, as a transformer's is at first."""
+INCOHERENT = 0.2
+"""Weight of a relative update without momentum: successive ones point apart. Measured, on recurrent nets and MLPs."""
+LARGEST_SLACK = 100.0
+"""Most by which the edge of a self-limiting rule is taken to be beyond its eigenvalue's."""
 Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
 
@@ -47,9 +51,10 @@ class Measurement:
         threshold: τ of that group.
         hvps: products; cost: gradient evaluations, all included.
         reason: why it failed, or "".
-        momentum_share: the edge of this very step over its long-run value: below 1 while Adam's bias correction makes
-            the first steps bolder than momentum alone would.
+        share: the edge of this very step over its long-run value: below 1 while Adam's bias correction makes the
+            first steps bolder than momentum alone would, above it where a rule bounds the step by itself.
         relative_update: ‖update‖ / ‖weights‖ of the preconditioned gradient at the full rate, median over matrices.
+        noisy: the share rests on the quotient along one gradient.
     """
 
     ratio: float
@@ -59,8 +64,9 @@ class Measurement:
     hvps: int
     cost: float
     reason: str = ""
-    momentum_share: float = 1.0
+    share: float = 1.0
     relative_update: float = 0.0
+    noisy: bool = False
 
     @staticmethod
     def values(found: Measurement | None) -> list[float]:
@@ -77,7 +83,7 @@ class Measurement:
 
     def _with(self, numbers: Sequence[float]) -> Measurement:
         named: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
-        return replace(self, **{**named, "hvps": int(named["hvps"])})
+        return replace(self, **{**named, "hvps": int(named["hvps"]), "noisy": bool(named["noisy"])})
 
     def times(self, weight: float) -> Measurement:
         """Of a loss `weight` times as large."""
@@ -179,11 +185,13 @@ class SharpnessEstimator:
         params = operator.params
         root, shift, sign = self.scaling(params)
         relative_update = self._relative_update(params, root)
-        result = self._solve(ScaledOperator(operator, root, shift, sign), params, seed)
+        result, along = self._solve(ScaledOperator(operator, root, shift, sign), params, seed)
         self.vector = result.eigenvector if math.isfinite(result.eigenvalue) else None
         rate, threshold = self._reference()
         share = self._momentum_share()
         ratio = result.eigenvalue * share
+        noisy = self._self_limiting() and math.isfinite(along)
+        slack = _slack(result.eigenvalue, along) if noisy else 1.0
         return Measurement(
             ratio=ratio,
             residual=result.residual / max(abs(result.eigenvalue), 1e-30),
@@ -192,12 +200,16 @@ class SharpnessEstimator:
             hvps=result.hvps,
             cost=operator.cost,
             reason="" if math.isfinite(result.eigenvalue) else "the probe was not finite",
-            momentum_share=share,
+            share=share * slack,
             relative_update=relative_update,
+            noisy=noisy,
         )
 
-    def _solve(self, scaled: ScaledOperator, params: Sequence[Tensor], seed: int) -> EigenResult:
-        """From cold, twice the steps. Warm, two products, on directions that this batch's Hessian did not choose."""
+    def _solve(self, scaled: ScaledOperator, params: Sequence[Tensor], seed: int) -> tuple[EigenResult, float]:
+        """The pair, and the quotient along the coming step where it was measured, else nan.
+
+        From cold, twice the steps. Warm, two products, on directions that this batch's Hessian did not choose.
+        """
         cold = self.vector is None or [v.shape for v in self.vector] != [r.shape for r in scaled.root]
         if self.solve is lanczos and self.steps == 2 and not cold:
             vector, self.vector = self.vector, None
@@ -205,8 +217,9 @@ class SharpnessEstimator:
             return ritz_step(scaled, vector, lambda: self._update(params, scaled.root))
         start = self._start(scaled.root, params, scaled.inner, seed)
         if self.steps == 1:
-            return power_step(scaled, start)
-        return self.solve(scaled, start=start, steps=2 * self.steps if cold else self.steps, tol=0.0, noise=0.0)
+            return power_step(scaled, start), math.nan
+        steps = 2 * self.steps if cold else self.steps
+        return self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0), math.nan
 
     def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
         """Continue from a saved eigenvector; zeros or gaps mean that there was none."""
@@ -277,7 +290,12 @@ class SharpnessEstimator:
         sizes = distributed.norms(matrix_params, locals_of(matrix_params))
         ratios = [change / max(size, 1e-30) for change, size in zip(changes, sizes, strict=True)]
         _, threshold = self._reference()
-        return statistics.median(ratios) * threshold * self._momentum_share()
+        weight = INCOHERENT if self._self_limiting() else 1.0
+        return statistics.median(ratios) * threshold * self._momentum_share() * weight
+
+    def _self_limiting(self) -> bool:
+        assert self.rule is not None
+        return all(self.rule.self_limiting(group) for group in self.optimizer.param_groups)
 
     def _reference(self) -> tuple[float, float]:
         """Rate and threshold of the first group with a rate above 0."""
@@ -286,6 +304,18 @@ class SharpnessEstimator:
             if learning_rate(group) > 0:
                 return learning_rate(group), self.rule.threshold(group)
         return 0.0, self.rule.threshold(self.optimizer.param_groups[0])
+
+
+def _slack(eigenvalue: float, along: float) -> float:
+    """(λ / quotient along the step)², at least 1.
+
+    Without momentum, and with a P that takes in each gradient at once, a step past the edge is bounded and soon
+    forgotten; what it does to the loss is the quotient ρ along it. Noisy gradients keep ρ far below λ; where the
+    step points along the top eigenvector they are equal, and the edge is the eigenvalue's. ρ·(ρ/λ) is held at target.
+    """
+    if along * math.sqrt(LARGEST_SLACK) <= eigenvalue:
+        return LARGEST_SLACK if eigenvalue > 0.0 else 1.0
+    return max((eigenvalue / along) ** 2, 1.0)
 
 
 def _local_state(state: dict[str, object]) -> dict[str, object]:

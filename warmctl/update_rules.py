@@ -84,6 +84,10 @@ class UpdateRule:
     decoupled_decay: Callable[[Group], float] = _nothing
     tolerates_overshoot: bool = False
 
+    def self_limiting(self, group: Group) -> bool:
+        """No momentum, and a P that takes in the gradient of the coming step: no step is far larger than η."""
+        return self.preconditioner is not None and not self.tolerates_overshoot and self.edge(group) <= 2.0
+
     def threshold(self, group: Group) -> float:
         """τ (1 − ηw/2): the edge with decoupled decay, 0 where the decay alone is unstable (ηw ≥ 2)."""
         shrinkage = learning_rate(group) * self.decoupled_decay(group)
