@@ -12,7 +12,7 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
   weights by a step is let grow by a constant a step.
 * A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
   shortened in proportion, and the shortening recovers within the memory of the momentum.
-* An end: warmup is over when the scale has reached no new high while the run's age has grown by half, and is not on its
+* An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
   way back from a cut. It is kept then, so that the user's decay keeps its shape.
 """
 
@@ -25,8 +25,9 @@ FLOOR = 1e-4
 """Smallest scale: a loop must not feed itself down to a standstill."""
 UNMEASURED = 1e-2
 """Scale before the first reading, and for good if no probe ever succeeds."""
-SETTLED_AGE, SETTLED_STEPS, SETTLED_PROBES = 1.5, 20, 2
-"""Warmup ends when the run is so many times as old as at its highest scale, so many steps and probes later."""
+SETTLED_AGE, SETTLED_STEPS, SETTLED_BELOW, SETTLED_PROBES = 1.5, 20, 100, 2
+"""Warmup ends when the run is so many times as old as at its highest rate, so many steps (more of them below the full
+rate, for no way leads up again) and probes later."""
 HIGHER, RECOVERED, PATIENCE, PATIENCE_STEPS = 1.1, 0.9, 4.0, 200
 """A new high is so much higher; the end waits for a scale cut since then to come back this far, up to so many
 times the age, or steps."""
@@ -122,6 +123,7 @@ class ControllerState:
     readings: float = 0.0
     probes: float = 0.0
     highest: float = 0.0
+    highest_scale: float = 0.0
     highest_age: float = 0.0
     highest_probes: float = 0.0
 
@@ -227,27 +229,28 @@ class Controller:
 
     def _slack(self, reading: Reading | None) -> float:
         """Ratio over target up to which a reading is no reason to cut: SGD undoes a step near the edge by itself."""
-        tolerated = reading is not None and reading.tolerant and self.phase == "warmup"
-        return max(1.0 / self.target, 1.0) if tolerated else 1.0
+        return max(1.0 / self.target, 1.0) if reading is not None and reading.tolerant else 1.0
 
     def _end(self, rate: float, reason: str = "") -> Decision:
         """End warmup if it is time, and decide."""
         s = self.state
         if self.phase == "warmup":
-            why = self._settled()
+            why = self._settled(rate)
             if why:
                 s.phase = 1.0 if self.after == "guard" else 2.0
                 reason = f"warmup ended: {why}"
         return self._decision(rate, reason)
 
-    def _settled(self) -> str:
+    def _settled(self, rate: float) -> str:
+        """Why warmup is over, or ""."""
         s = self.state
         if self.max_warmup is not None and s.age >= self.max_warmup:
             return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
-        if s.readings and (s.scale >= HIGHER * s.highest or s.scale >= 1.0 > s.highest):
-            s.highest, s.highest_age, s.highest_probes = s.scale, s.age, s.probes
-        old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + SETTLED_STEPS)
-        back = s.scale >= RECOVERED * s.highest or s.age >= max(PATIENCE * s.highest_age, PATIENCE_STEPS)
+        if s.readings and s.scale * rate >= HIGHER * s.highest:
+            s.highest, s.highest_scale, s.highest_age, s.highest_probes = s.scale * rate, s.scale, s.age, s.probes
+        steps = SETTLED_STEPS if s.scale >= 1.0 else SETTLED_BELOW
+        old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + steps)
+        back = s.scale >= RECOVERED * s.highest_scale or s.age >= max(PATIENCE * s.highest_age, PATIENCE_STEPS)
         if not s.readings and s.age >= PATIENT_STEPS:
             return f"no probe succeeded, the rate stays at {UNMEASURED:g} of the schedule"
         if not (s.readings and old and back and s.probes - s.highest_probes >= SETTLED_PROBES):
