@@ -249,10 +249,51 @@ def test_each_product_goes_over_every_batch_once() -> None:
         return classification(model, batch)
 
     result = sharpness(problem.model, loss_fn, thirds(problem))
-    assert seen == [3, 8, 37] * result.hvps
+    assert seen == [3, 8, 37] * (1 + result.hvps)  # once for the gradient
     seen.clear()
     result = sharpness(problem.model, loss_fn, thirds(problem), method="finite_difference")
-    assert seen == [3, 3, 8, 8, 37, 37] * result.hvps
+    assert seen == [3, 8, 37] + [3, 3, 8, 8, 37, 37] * result.hvps
+
+
+@by_name
+@pytest.mark.parametrize("method", ["auto", "finite_difference"])
+def test_a_loose_tolerance_is_a_percent_of_the_eigenvalue(make: Callable[[], Problem], method: str) -> None:
+    """tol=0.03 by exact products or forward differences; seeds change the random half of the start alone."""
+    problem = make()
+    top = np.linalg.eigvalsh(oracle(problem))[-1]
+    for seed in range(3):
+        result = sharpness(problem.model, problem.loss_fn, problem.batch, method=method, tol=0.03, seed=seed)
+        assert result.converged and result.residual <= 0.03 * abs(result.eigenvalue)
+        assert result.eigenvalue == pytest.approx(top, rel=0.01)
+
+
+def test_a_gradient_without_the_top_eigenvector_is_no_trap() -> None:
+    """L = ½ Σ λᵢ θᵢ²: the gradient at a coordinate axis is an eigenvector, of a lower eigenvalue."""
+    curvature = torch.tensor([9.0, 4.0, 1.0, -2.0])
+    net = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    result = sharpness(net, lambda m, b: 0.5 * (b * m.weight[0] ** 2).sum(), curvature)
+    assert result.eigenvalue == pytest.approx(9.0, rel=1e-5)
+    with torch.no_grad():
+        net.weight.zero_()  # no gradient at all
+    assert sharpness(net, lambda m, b: 0.5 * (b * m.weight[0] ** 2).sum(), curvature).eigenvalue == pytest.approx(9.0)
+
+
+def test_forward_differences_cost_one_evaluation_a_product() -> None:
+    problem = tanh_mlp()
+    calls = 0
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return problem.loss_fn(model, batch)
+
+    result = sharpness(problem.model, loss_fn, problem.batch, method="finite_difference", tol=1e-2)
+    assert calls == 1 + result.hvps
+    calls = 0
+    result = sharpness(problem.model, loss_fn, problem.batch, method="finite_difference", tol=1e-3)
+    assert calls == 1 + 2 * result.hvps
 
 
 def test_fallback_over_several_batches_is_tried_once() -> None:
@@ -267,7 +308,7 @@ def test_fallback_over_several_batches_is_tried_once() -> None:
 
     parts = [(tokens[:4], target[:4]), (tokens[4:], target[4:])]
     result = sharpness(bag, loss_fn, parts)
-    assert calls == 1 + 4 * result.hvps
+    assert calls == 2 + 1 + 4 * result.hvps  # gradients, one product that fails, central differences
     one = sharpness(bag, loss_fn, (tokens, target))
     assert result.eigenvalue == pytest.approx(one.eigenvalue, rel=1e-3)
 

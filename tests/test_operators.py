@@ -211,6 +211,45 @@ def test_cost_is_counted_in_gradient_evaluations() -> None:
             assert evaluations == (1 if method == "double_backward" else 2)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("central", [False, True])
+def test_the_present_gradient_is_nothing_extra_where_products_need_it(method: str, central: bool) -> None:
+    problem = tanh_mlp()
+    operator = HessianOperator(problem.loss, problem.params, method, central=central)
+    gradient = operator.present_gradient()
+    torch.testing.assert_close(gradient, list(torch.autograd.grad(problem.loss(), problem.params)))
+    for g in gradient:
+        g.zero_()  # it belongs to the caller
+    vector = random_like(problem.params, 0)
+    product = operator.matvec(vector)
+    other = HessianOperator(problem.loss, problem.params, method, central=central)
+    torch.testing.assert_close(product, other.matvec(vector))
+    extra = operator.cost - other.cost
+    assert extra == pytest.approx(1.0 if method == "forward_over_reverse" or (central and "finite" in method) else 0.0)
+
+
+def test_the_present_gradient_falls_back_with_the_products() -> None:
+    torch.manual_seed(0)
+    bag, tokens, target = nn.EmbeddingBag(6, 3), torch.randint(6, (12, 2)), torch.randint(3, (12,))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(bag(tokens), target)
+
+    operator = HessianOperator(loss, list(bag.parameters()))
+    gradient = operator.present_gradient()
+    torch.testing.assert_close(gradient, list(torch.autograd.grad(loss(), list(bag.parameters()))))
+    operator.matvec([torch.ones_like(g) for g in gradient])
+    assert operator.method == "finite_difference" and operator.fallback
+
+
+def test_a_kept_graph_does_not_hold_the_gradient() -> None:
+    problem = tanh_mlp()
+    with HessianOperator(problem.loss, problem.params, "double_backward") as operator:
+        operator.matvec([torch.ones_like(p) for p in problem.params])
+        assert operator._graph is not None
+        assert not any(isinstance(end, Tensor) for end in operator._graph)
+
+
 def test_a_known_gradient_is_not_written_to() -> None:
     problem = tanh_mlp()
     gradient = replay(problem).gradient()[1]

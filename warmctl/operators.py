@@ -22,6 +22,7 @@ import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -82,7 +83,7 @@ class HessianOperator:
         self.central = central
         self.inner, self.step = inner, FD_STEP if step is None else step
         self.hvps, self.cost, self.fallback = 0, 0.0, ""
-        self._graph: tuple[Tensor, ...] | None = None
+        self._graph: tuple[Tensor | GradientEdge, ...] | None = None
         self._size: float | None = None
         self._may_fall_back = method == "auto"
         self.method = self._cheapest() if method == "auto" else method
@@ -107,7 +108,7 @@ class HessianOperator:
 
     def graph_gradient(self, reduce: Callable[[Vector], None]) -> list[Tensor | None]:
         """The gradient of the loss given to `on_graph`, reduced; None for parameters that it does not depend on."""
-        graph = self._graph or ()
+        graph = [g for g in self._graph or () if isinstance(g, Tensor)]  # `on_graph` keeps the values
         gradient = [g.detach().clone() for g in graph]
         reduce(locals_of(gradient))
         return [g if of.requires_grad or bool(g.any()) else None for g, of in zip(gradient, graph, strict=True)]
@@ -141,12 +142,9 @@ class HessianOperator:
             product = self._double_backward(vector)
             if not self._may_fall_back or math.isfinite(self.inner(product, product)):
                 return product
-            self.fallback = "the exact product is not finite"
+            self._fall_back("the exact product is not finite")
         except RuntimeError as error:
-            if not self._may_fall_back:
-                raise
-            self.fallback = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-        self.method, self._graph = "finite_difference", None
+            self._fall_back(error)
         return self._finite_difference(vector)
 
     def matmat(self, block: Vector) -> Vector:
@@ -178,6 +176,18 @@ class HessianOperator:
             dtype=np.float64,
         )
 
+    def present_gradient(self) -> Vector:
+        """∇L(θ), a new vector. Cost: 1; by double backward that of the graph, which the products need anyway."""
+        if self.method == "double_backward" and self._graph is None:
+            try:
+                return self._reduced([_owned(g) for g in self._build_graph()])
+            except RuntimeError as error:
+                self._fall_back(error)
+        gradient = self._gradient()
+        if self.method == "finite_difference" and not self.central:
+            self.gradient = [g.clone() for g in gradient]
+        return gradient
+
     def close(self) -> None:
         """Drop the graph and the gradient."""
         self._graph = self.gradient = None
@@ -193,6 +203,14 @@ class HessianOperator:
             self.fallback = "the parameters are sharded"
             return "finite_difference"
         return "finite_difference" if self.gradient is not None and self._precise() else "double_backward"
+
+    def _fall_back(self, why: str | RuntimeError) -> None:
+        """To finite differences; raises the error again where the method is the caller's choice."""
+        if isinstance(why, RuntimeError):
+            if not self._may_fall_back:
+                raise why
+            why = f"{type(why).__name__}: {str(why).strip().splitlines()[0][:160]}"
+        self.method, self.fallback, self._graph = "finite_difference", why, None
 
     def _precise(self) -> bool:
         """Whether gradients are exact enough to be subtracted from each other."""
@@ -234,25 +252,37 @@ class HessianOperator:
         self.cost += 1.0
         return self.replay.gradient()[1]
 
+    def _build_graph(self) -> tuple[Tensor, ...]:
+        """∇L(θ) with its graph, of which the ends are kept: the values need not stay in memory."""
+        self.cost += COST_GRAPH
+        with self.replay.untouched():  # around both passes: checkpoints run forward passes in the second
+            gradient = _connected_gradient(self.replay.bare_loss(), self.params, create_graph=True)
+        self._graph = tuple(get_gradient_edge(g) if g.requires_grad else g for g in gradient)
+        return gradient
+
     def _double_backward(self, vector: Vector) -> Vector:
         if self._graph is None:
-            self.cost += COST_GRAPH
-            with self.replay.untouched():  # around both passes: checkpoints run forward passes in the second
-                self._graph = _connected_gradient(self.replay.bare_loss(), self.params, create_graph=True)
+            self._build_graph()
+        assert self._graph is not None
         self.cost += COST_DOUBLE_BACKWARD
-        outputs = [(g, v) for g, v in zip(self._graph, vector, strict=True) if g.requires_grad]
+        ends = zip(self._graph, vector, strict=True)
+        outputs = [(end, v) for end, v in ends if isinstance(end, GradientEdge) or end.requires_grad]
         if not outputs:  # the gradient is constant
             return [torch.zeros_like(v) for v in vector]
         with self.replay.untouched(), twice_differentiable():
-            product = torch.autograd.grad(
-                [g for g, _ in outputs],
-                self.params,
-                [v for _, v in outputs],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
+            product = list(
+                torch.autograd.grad(
+                    [end for end, _ in outputs],  # type: ignore[arg-type]
+                    self.params,
+                    [v for _, v in outputs],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             )
-        return self._reduced([_owned(p) for p in product])
+        for index, part in enumerate(product):  # one by one: never two vectors at once
+            product[index] = _owned(part)
+        return self._reduced(product)
 
     def _reduced(self, product: Vector) -> Vector:
         """The mean over ranks: autograd.grad and torch.func bypass the reducer of DDP."""

@@ -5,8 +5,8 @@ Nothing here keeps a graph, and only `dot` waits for the device (it returns a Py
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ Vector = list[Tensor]
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: itself, or the local shard of a DTensor, same storage."""
-    shard: Any = getattr(tensor, "_local_tensor", None)
-    return tensor if shard is None else shard
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return shard
 
 
 def locals_of(tensors: Sequence[Tensor]) -> Vector:
@@ -32,41 +32,42 @@ def dense_gradient(param: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 
-@torch.no_grad()
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float] | None = None) -> float:
     """Σ_i wᵢ aᵢ·bᵢ as a float; each tensor is summed in its dtype, at least float32, the sum in float64."""
     if not a:
         return 0.0
-    one = all(x is y and x.dtype.itemsize >= 4 for x, y in zip(a, b, strict=True))
-    total = _squares(a) if one else _products(a, b)
-    home = total.device
+    total = squares(a) if a is b or all(map(operator.is_, a, b)) else _products(a, b)
     if weights is not None:
-        total = total * torch.tensor(weights, dtype=torch.float64, device=home)
+        total = total * torch.tensor(weights, dtype=torch.float64, device=total.device)
     return float(total.sum())
 
 
+@torch.no_grad()
+def squares(a: Sequence[Tensor]) -> Tensor:
+    """aᵢ·aᵢ, float64 of shape (len(a),), by one pass over each tensor: half the cost of a product."""
+    if any(dtype.itemsize < 4 for dtype in {x.dtype for x in a}):
+        return _products(a, a)
+    return gathered(torch._foreach_norm(list(a))).square()
+
+
+@torch.no_grad()
 def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return gathered([_dot(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def _squares(a: Sequence[Tensor]) -> Tensor:
-    """aᵢ·aᵢ by one pass over each tensor, at half the cost of a product."""
-    return gathered(torch._foreach_norm(list(a))).square()
-
-
 def gathered(scalars: Sequence[Tensor]) -> Tensor:
     """Scalars of any dtypes and devices as one float64 tensor where the first is."""
-    first = scalars[0]
-    if any(s.dtype != first.dtype or s.device != first.device for s in scalars):
-        scalars = [s.to(first.device, torch.float64) for s in scalars]
+    if len({s.dtype for s in scalars}) > 1 or len({s.device for s in scalars}) > 1:
+        scalars = [s.to(scalars[0].device, torch.float64) for s in scalars]
     return torch.stack(list(scalars)).double()
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    if x.dtype == y.dtype and x.dtype.itemsize >= 4:
-        return torch.dot(x.flatten(), y.flatten())
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.dot(x.flatten().to(dtype), y.flatten().to(dtype))
+    dtype = x.dtype
+    if dtype != y.dtype or dtype.itemsize < 4:
+        dtype = torch.promote_types(torch.promote_types(dtype, y.dtype), torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+    return torch.dot(x.flatten(), y.flatten())
 
 
 @torch.no_grad()
