@@ -45,6 +45,7 @@ from benchmarks.problems import PROBLEMS, Problem, half_decades
 from warmctl import AdaptiveWarmup
 
 Row = dict[str, Any]
+Wrap = Callable[[Optimizer, nn.Module], AdaptiveWarmup]
 NAME = "replaces_tuned_warmup"
 
 LINEAR = {f"linear-{percent}%": percent / 100 for percent in (1, 2, 5, 10, 20, 50)}
@@ -80,8 +81,10 @@ def policies_for(problem: Problem, among: Sequence[str] = POLICIES) -> list[str]
     return [policy for policy in among if policy not in ADAM_ONLY or uses_adam(problem)]
 
 
-def prepare(policy: str, problem: Problem, model: nn.Module, lr: float, steps: int) -> tuple[Optimizer, Callable]:
-    """The optimizer, and what to call after each of its steps."""
+def prepare(
+    policy: str, problem: Problem, model: nn.Module, lr: float, steps: int, wrap: Wrap = AdaptiveWarmup
+) -> tuple[Optimizer, Callable]:
+    """The optimizer, and what to call after each of its steps; `wrap` makes the policy "warmctl"."""
     base = problem.optimizer(model.parameters(), lr)
     if policy == "schedulefree":
         optimizer = schedule_free(base, round(SCHEDULE_FREE_WARMUP * steps))
@@ -91,7 +94,7 @@ def prepare(policy: str, problem: Problem, model: nn.Module, lr: float, steps: i
         base = RAdam(decoupled_weight_decay=isinstance(base, AdamW), **like(base, "betas", "eps", "weight_decay"))
     if policy == "seeded":
         base.register_step_pre_hook(seed_second_moment)
-    optimizer = AdaptiveWarmup(base, model) if policy == "warmctl" else base
+    optimizer = wrap(base, model) if policy == "warmctl" else base
     warmup = round(LINEAR.get(policy, 0.0) * steps)
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, steps, warmup))
     return optimizer, untuned_tick(optimizer, scheduler) if policy == "untuned" else scheduler.step
@@ -143,12 +146,12 @@ def untuned_tick(optimizer: Optimizer, scheduler: LambdaLR) -> Callable[[], None
 # -- one run ----------------------------------------------------------------------------------------------
 
 
-def measure(job: Job) -> Row:
+def measure(job: Job, wrap: Wrap = AdaptiveWarmup) -> Row:
     """Train once. `seconds` are wall-clock, `cpu_seconds` the same on a core of its own; neither holds evaluation."""
     problem = PROBLEMS[job.problem]
     problem.data()
     model = problem.build(job.seed)
-    optimizer, tick = prepare(job.policy, problem, model, job.lr, job.steps)
+    optimizer, tick = prepare(job.policy, problem, model, job.lr, job.steps, wrap)
     losses: list[float] = []
     wall, cpu = time.perf_counter(), time.process_time()
     with warnings.catch_warnings(record=True) as said:
@@ -301,14 +304,14 @@ def run(jobs: Sequence[Job], path: Path, workers: int) -> dict[Job, Row]:
     return {job: rows[job] for job in jobs}
 
 
-def measured(jobs: Sequence[Job], workers: int) -> Iterator[Row]:
+def measured(jobs: Sequence[Any], workers: int, work: Callable[[Any], Row] = measure) -> Iterator[Row]:
     """Rows in the order of completion; each worker is a process of one thread."""
     if workers < 2 or len(jobs) < 2:
-        yield from map(measure, jobs)
+        yield from map(work, jobs)
         return
     # Forked, so that data is made once and an edit of the library in mid-run cannot reach a worker.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap_unordered(measure, jobs)
+        yield from pool.imap_unordered(work, jobs)
 
 
 def grid(problems: Iterable[str], seeds: int, steps: int = 400) -> list[Job]:
