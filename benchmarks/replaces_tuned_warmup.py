@@ -294,7 +294,7 @@ def run(jobs: Sequence[Job], path: Path, workers: int) -> dict[Job, Row]:
     if len(todo) < len(jobs):
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path.name} already")
     start = time.perf_counter()
-    for done, row in enumerate(measured(todo, workers), 1):
+    for done, row in enumerate(measured(todo, workers, measure), 1):
         append(path, row)
         rows[Job(*(row[field] for field in Job._fields))] = row
         if done % 50 == 0 or done == len(todo):
@@ -304,7 +304,7 @@ def run(jobs: Sequence[Job], path: Path, workers: int) -> dict[Job, Row]:
     return {job: rows[job] for job in jobs}
 
 
-def measured(jobs: Sequence[Any], workers: int, work: Callable[[Any], Row] = measure) -> Iterator[Row]:
+def measured(jobs: Sequence[Any], workers: int, work: Callable[[Any], Row]) -> Iterator[Row]:
     """Rows in the order of completion; each worker is a process of one thread."""
     if workers < 2 or len(jobs) < 2:
         yield from map(work, jobs)

@@ -1,0 +1,216 @@
+"""The variants of the ablation table do what they say: on a quadratic, where every quotient is known."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from benchmarks import defaults_are_measured as bench
+from benchmarks.defaults_are_measured import DEFAULT, VARIANTS, Trial
+from benchmarks.replaces_tuned_warmup import Job
+from warmctl import AdaptiveWarmup
+from warmctl.cadence import Cadence
+from warmctl.controller import Reading
+from warmctl.estimator import SharpnessEstimator
+from warmctl.operators import HessianOperator, ScaledOperator
+from warmctl.update_rules import update_rule
+
+
+def train(variant: str, rule: Callable[..., Optimizer], steps: int = 6) -> tuple[AdaptiveWarmup, list[float]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(steps, 16, 4), torch.randint(0, 3, (steps, 16))
+    optimizer = VARIANTS[variant](rule(model.parameters()), model)
+    losses = []
+    for i in range(steps):
+
+        def closure(i: int = i) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[i]), y[i])
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).item())
+    return optimizer, losses
+
+
+def momentum(params: Any) -> Optimizer:
+    return SGD(params, lr=3.0, momentum=0.9)
+
+
+def adam(params: Any) -> Optimizer:
+    return Adam(params, lr=0.1)
+
+
+@pytest.mark.parametrize("rule", [momentum, adam])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains(variant: str, rule: Callable[..., Optimizer]) -> None:
+    optimizer, losses = train(variant, rule)
+    assert all(map(math.isfinite, losses))
+    assert optimizer.counts.probes >= 1
+    assert not any("failed" in str(row["reason"]) for row in optimizer.history)
+
+
+@pytest.mark.parametrize("variant", [n for n, v in VARIANTS.items() if v.group in ("estimator", "products")])
+def test_another_reading_gives_another_run(variant: str) -> None:
+    default, other = (train(name, adam, steps=5)[0].last for name in (DEFAULT, variant))
+    assert default is not None and other is not None
+    assert (default.ratio == other.ratio) == (VARIANTS[variant].wrapper is bench.LagOne)  # nothing flips, no trigger
+
+
+def test_realised_ratio_spends_no_products() -> None:
+    optimizer, _ = train("realised ratio (no ramp)", momentum)
+    assert optimizer.counts.hvps == 0 and optimizer.counts.probes > 1
+
+
+# -- on a quadratic -------------------------------------------------------------------------------------------
+
+HESSIAN = torch.diag(torch.tensor([4.0, 1.0, 0.5])) + 0.3 * torch.ones(3, 3)
+TRACKED = torch.tensor([0.8, 0.6, 0.0])
+GRADIENT = torch.tensor([0.2, -1.0, 2.0])
+
+
+def probe(part: type, rate: float = 1.9, gradients: tuple[Tensor, ...] = (GRADIENT,)) -> list[float]:
+    """Eigenvalues read in turn along plain gradient descent at a rate where A = H·rate/2."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=rate)
+    estimator = SharpnessEstimator(optimizer, update_rule(optimizer), "double_backward", "lanczos", 2)
+    estimator.__class__ = part
+    found = []
+    for gradient in gradients:
+        p.grad = gradient.clone()
+        estimator.vector = [TRACKED.clone()]
+        with HessianOperator(lambda: 0.5 * p @ HESSIAN @ p, [p], "double_backward") as operator:
+            scaled = ScaledOperator(operator, *estimator.scaling([p]))
+            found.append(estimator._solve(scaled, [p], 0)[0].eigenvalue / (rate / 2))
+    return found
+
+
+def quotient(v: Tensor) -> float:
+    return float(v @ HESSIAN @ v / (v @ v))
+
+
+def ritz(*directions: Tensor) -> float:
+    basis = torch.linalg.qr(torch.stack(directions, 1))[0]
+    return float(torch.linalg.eigvalsh(basis.T @ HESSIAN @ basis)[-1])
+
+
+def test_readings_are_the_quotients_that_they_claim() -> None:
+    plain = ritz(TRACKED, GRADIENT)
+    assert probe(SharpnessEstimator)[0] == pytest.approx(plain, rel=1e-5)
+    assert probe(bench.Fresh)[0] == pytest.approx(quotient(TRACKED), rel=1e-5)
+    assert probe(bench.Krylov)[0] == pytest.approx(ritz(TRACKED, HESSIAN @ TRACKED), rel=1e-2)
+    assert probe(bench.RitzAndBatch)[0] == pytest.approx(math.sqrt(plain * quotient(GRADIENT)), rel=1e-5)
+    assert probe(bench.RitzAndFresh)[0] == pytest.approx(math.sqrt(plain * quotient(TRACKED)), rel=1e-5)
+
+
+def test_batch_sharpness_averages_above_and_below() -> None:
+    other = torch.tensor([3.0, 0.0, 1.0])
+    first, second = probe(bench.BatchSharpness, gradients=(GRADIENT, other))
+    above, below = ([float(g @ M @ g) for g in (GRADIENT, other)] for M in (HESSIAN, torch.eye(3)))
+    assert first == pytest.approx(quotient(GRADIENT), rel=1e-5)
+    assert second == pytest.approx(sum(above) / sum(below), rel=1e-5)
+
+
+def test_batch_aware_target_falls_with_the_quotient() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.1)
+    estimator = bench.BatchAware(optimizer, update_rule(optimizer), "double_backward", "lanczos", 2)
+    p.grad, estimator.vector = GRADIENT.clone(), [TRACKED.clone()]
+    with HessianOperator(lambda: 0.5 * p @ HESSIAN @ p, [p], "double_backward") as operator:
+        share = estimator.measure_on(operator, 0).share
+    assert share == pytest.approx((quotient(GRADIENT) / ritz(TRACKED, GRADIENT)) ** 0.25, rel=1e-5)
+
+
+def test_raw_is_one_number_for_adam_and_the_default_for_sgd() -> None:
+    for rule in (adam, momentum):
+        p = nn.Parameter(torch.ones(3))
+        p.grad = GRADIENT.clone()
+        optimizer = rule([p])
+        parts = (SharpnessEstimator, bench.Raw)
+        plain, raw = (
+            part(optimizer, update_rule(optimizer), "auto", "lanczos", 2).scaling([p])[0][0] for part in parts
+        )
+        assert len(raw.unique()) == 1 and raw[0] == plain.median()
+        assert torch.equal(raw, plain) == (rule is momentum)
+
+
+@pytest.mark.parametrize("variant", [DEFAULT, "default + lag-1 trigger"])
+def test_lag_one_probes_where_the_gradient_flips(variant: str) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = VARIANTS[variant].wrapper(SGD(model.parameters(), lr=0.9), model, every=1000, control=False)
+    for _ in range(20):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model.weight.square().sum()  # curvature 2: each step multiplies the weight by 1 − 1.8
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert (optimizer.counts.probes > 1) == (variant != DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("part", "probes", "shortens"),
+    [
+        (Cadence, True, True),
+        (bench.NoEventProbes, False, True),
+        (bench.NoShortening, True, False),
+        (bench.NoEvents, False, False),
+    ],
+)
+def test_events(part: type[Cadence], probes: bool, shortens: bool) -> None:
+    cadence = part()
+    for _ in range(30):
+        if cadence.due(1.0, 1.0, 2.0, False):
+            cadence.probed(2.0, 1.0)
+    cadence.state.tokens, cadence.state.gap = 20.0, math.inf
+    assert bool(cadence.due(1.0, 50.0, 2.0, False)) == probes
+    assert (cadence.surprise > 1.0) == shortens
+
+
+def test_cap_holds_the_rate_where_the_default_holds_the_scale() -> None:
+    applied = {}
+    for name in ("absolute cap", DEFAULT):
+        controller = bench.Cap(max_warmup=50) if name == "absolute cap" else bench.Controller(max_warmup=50)
+        for step in range(200):
+            rate = 1.0 - 0.004 * step
+            scale = controller.update(rate, Reading(5.0 * rate) if step < 50 else None).scale
+            applied.setdefault(name, []).append(scale * rate)
+    capped, frozen = applied["absolute cap"], applied[DEFAULT]
+    assert capped[:50] == frozen[:50]
+    assert capped[-1] == pytest.approx(capped[49]) and frozen[-1] < 0.5 * frozen[49]
+
+
+# -- the table ------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_mean_logs_against_the_default_cell_by_cell() -> None:
+    wanted = [t for t in bench.trials(["cnn"], 1, 400, False) if t.variant in (DEFAULT, "hold", "raw: one P for all")]
+    losses = {DEFAULT: (1.0, 2.0, 3.0), "hold": (math.e, 2.0, 3.0 * math.e**-2)}
+    rows = {
+        t.key: {"loss": losses[t.variant][i % 3], "train_loss": 1.0, "failed": i == 3, "overhead": 0.1}
+        for i, t in enumerate([t for t in wanted if t.variant in losses])
+    }
+    default, raw, hold = bench.compare(wanted, rows)
+    assert (hold["tuned"], hold["3x"], hold["10x"]) == pytest.approx((1.0, 0.0, -2.0))
+    assert hold["all"] == pytest.approx(-1 / 3) and hold["failed"] == 1 and hold["worst"].startswith("+1.00 cnn tuned")
+    assert raw["all"] == default["all"] == 0.0  # momentum: the rows of the default
+
+
+def test_a_variant_that_lacks_a_cell_is_left_out() -> None:
+    wanted = bench.trials(["cnn"], 1, 400, False)
+    row = {"loss": 1.0, "train_loss": 1.0, "failed": False, "overhead": 0.1}
+    rows = {t.key: row for t in wanted if t.variant in (DEFAULT, "hold")}
+    rows.pop(Trial("hold", Job("cnn", "warmctl", 1.0, 0, 400), "10x").key)
+    assert [line["variant"] for line in bench.compare(wanted, rows)] == [DEFAULT, "raw: one P for all"]
+
+
+def test_code_differs_between_variants_and_not_between_calls() -> None:
+    codes = [variant.code() for variant in VARIANTS.values()]
+    assert len(set(codes)) == len(codes) and codes == [variant.code() for variant in VARIANTS.values()]
