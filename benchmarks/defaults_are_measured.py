@@ -495,6 +495,7 @@ def main(
     only_report: Annotated[bool, typer.Option("--report", help="Run nothing; report the rows there are.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this one and the default; may be repeated.")] = None,
 ) -> None:
     """Each default against the other choices there were, on the development problems."""
     torch.set_num_threads(1)
@@ -502,7 +503,10 @@ def main(
         console.width = 130
     steps = 150 if quick else 400
     development = [name for name, problem in PROBLEMS.items() if problem.split == "development"]
+    if unknown := set(variant or ()) - set(VARIANTS):
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(VARIANTS)}")
     wanted = trials(QUICK_PROBLEMS if quick else development, seeds, steps, quick)
+    wanted = [trial for trial in wanted if not variant or trial.variant in (DEFAULT, *variant)]
     results = Results(NAME, {"quick": quick, "updates": steps}, fresh=quick and not only_report)
     if not only_report:
         run(wanted, results, workers)
