@@ -3,7 +3,8 @@
 A reading is the stability ratio r₁ at the full scheduled rate (edge at 1). Divided by the rate it is kept as the
 forecast; scale · forecast · rate is the stability ratio until the next reading.
 
-* Down at once: a reading that puts the ratio above `target` cuts the scale to where the ratio meets it.
+* Down at once: a reading that puts the ratio above `target` cuts the scale to where the ratio meets it. SGD, which
+  undoes a small overshoot by itself, is cut only above the edge.
 * Up with the age of the run: after t steps the scale grows by ((t + 1) / t)^p a step, so it doubles when the run's
   age has doubled, whatever the length of the run. Far below target p is larger, for the first ratios of an adaptive
   rule are too large by orders of magnitude and fall within a few steps. No evidence, no growth: at most by a factor
@@ -13,7 +14,7 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
 * A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
   shortened in proportion, and the shortening recovers within the memory of the momentum.
 * An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
-  way back from a cut. It is kept then, so that the user's decay keeps its shape.
+  way back from a cut. The scale is kept then, so that the user's decay keeps its shape.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Reading:
 
     Attributes:
         ratio: r₁ at the full scheduled rate; not finite if the probe failed.
-        share: the edge of this very step over the long-run edge, see `UpdateRule.momentum_share`.
+        share: the edge of this very step over the long-run edge, as in `Measurement`; ratio / share is what is
+            held at target.
         relative_update: ‖update‖ / ‖weights‖ of the coming step at the full rate, the median over weight matrices.
         tolerant: the rule undoes a step a little over the edge by itself, see `UpdateRule.tolerates_overshoot`.
         noisy: the share is a noisy one: ratio and share are averaged over readings, half the weight on the last.

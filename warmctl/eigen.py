@@ -159,8 +159,8 @@ def ritz_step(
     """Rayleigh–Ritz on two directions, the tracked eigenvector and that of the coming step, and one power step.
 
     Neither direction is taken from the Hessian of this batch, as those of a Krylov space are, whose choice biases the
-    Ritz value of a mini-batch upward. The eigenvector returned is
-    one (shifted) power step on: it costs no product, and the next value converges where the operator stays the same.
+    Ritz value of a mini-batch upward. The eigenvector returned is one (shifted) power step on: it costs no product,
+    and the next value converges where the operator stays the same.
 
     Args:
         vector: the tracked eigenvector, a unit vector; overwritten.

@@ -33,7 +33,7 @@ STEP = 1e-3
 """Relative step of the probe's finite differences, ten times `operators.FD_STEP`. A short step across the kinks of a
 ReLU is nearly all noise; a longer one is off where the loss is far from quadratic, as a transformer's is at first."""
 INCOHERENT = 0.2
-"""Weight of a relative update without momentum: successive ones point apart. Measured, on recurrent nets and MLPs."""
+"""Weight of a relative update without momentum: successive ones point apart. Chosen by trial, not derived."""
 LARGEST_SLACK = 100.0
 """Most by which the edge of a self-limiting rule is taken to be beyond its eigenvalue's."""
 Inner = Callable[[Vector, Vector], float]
@@ -161,9 +161,8 @@ class SharpnessEstimator:
             HessianOperator(replay, replay.params, "double_backward", inner=inner) as exact,
         ):
             try:
-                image = exact.matvec(
-                    direction
-                )  # where there is curvature: along the gradient there may be next to none
+                # Where there is curvature: along the gradient there may be next to none.
+                image = exact.matvec(direction)
                 truth = exact.matvec(image)
                 size = math.sqrt(inner(truth, truth))
             except Exception as error:
