@@ -222,6 +222,13 @@ def test_warmup_goes_on_while_the_schedule_itself_rises() -> None:
     assert phases.index("guard") > 300
 
 
+@pytest.mark.parametrize("ratio, least, most", [(0.1, 20, 40), (1.0, 100, 140)])
+def test_below_the_full_rate_warmup_waits_longer_for_its_end(ratio: float, least: int, most: int) -> None:
+    controller = Controller()
+    phases = [controller.update(1.0, Reading(ratio)).phase for _ in range(most)]
+    assert least <= phases.index("guard") < most
+
+
 def test_noisy_readings_are_averaged_both_ways() -> None:
     """A ratio of λ and a share of its own; what counts is one over the other."""
     controller = Controller()

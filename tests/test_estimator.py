@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tests.helpers import batch_of, closure_for, loss_fn, mlp, noisy_net, train
 from tests.problems_closed_form import dense_hessian
 from warmctl import AdaptiveWarmup
-from warmctl.estimator import INCOHERENT, LARGEST_SLACK
+from warmctl.estimator import INCOHERENT, LARGEST_SLACK, _slack
 from warmctl.update_rules import update_rule
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -303,6 +303,16 @@ def test_rmsprops_edge_is_where_its_step_points_along_the_top_eigenvector() -> N
     expected = min((found.ratio / along) ** 2, LARGEST_SLACK) if along > 0 else LARGEST_SLACK
     assert found.share == pytest.approx(max(expected, 1.0), rel=1e-6)
     assert found.ratio == pytest.approx(np.linalg.eigvalsh(a).max(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "eigenvalue, along, slack",
+    [(4.0, 4.0, 1.0), (4.0, 2.0, 4.0), (4.0, 0.4, LARGEST_SLACK), (4.0, 0.0, LARGEST_SLACK), (4.0, -1.0, LARGEST_SLACK),
+     (0.0, -1.0, 1.0), (-2.0, -3.0, 1.0), (2.0, 4.0, 1.0)],
+)  # fmt: skip
+def test_slack_of_a_self_limiting_rule(eigenvalue: float, along: float, slack: float) -> None:
+    """(λ/ρ)²: none where step and eigenvector are one, bounded, and none without positive curvature."""
+    assert _slack(eigenvalue, along) == pytest.approx(slack)
 
 
 @pytest.mark.parametrize(
