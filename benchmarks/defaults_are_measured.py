@@ -39,7 +39,7 @@ from benchmarks.problems import PROBLEMS, half_decades
 from benchmarks.replaces_tuned_warmup import Job, Row
 from warmctl import AdaptiveWarmup
 from warmctl.cadence import Cadence
-from warmctl.controller import NO_SIGNALS, Controller, Decision, Reading, Signals
+from warmctl.controller import Controller, Decision, Reading
 from warmctl.distributed import inner_product
 from warmctl.eigen import EigenResult, lanczos, power_step
 from warmctl.estimator import Measurement, SharpnessEstimator
@@ -196,24 +196,49 @@ class Raw(SharpnessEstimator):
 # -- when to probe, what to allow, what to keep -----------------------------------------------------------------
 
 
-class NoEventProbes(Cadence):
-    """An event shortens the step, but calls for no probe."""
+class NoEvents(Cadence):
+    """Probes by the clock alone."""
 
     def _event(self, loss: float, norm: float) -> str:
         super()._event(loss, norm)
         return ""
 
 
-class NoShortening(Cadence):
-    """An event calls for a probe, but does not shorten the step."""
+class LateProbes(Cadence):
+    """An event calls for a probe at the next step, on a batch that did not stand out itself."""
 
-    @property
-    def surprise(self) -> float:
-        return 1.0
+    pending = ""
+
+    def _event(self, loss: float, norm: float) -> str:
+        event, self.pending = self.pending, super()._event(loss, norm)
+        return event
 
 
-class NoEvents(NoEventProbes, NoShortening):
-    """Neither."""
+class Shortening(Cadence):
+    """An event also calls for a shorter step, by as much as the gradient norm stands out of its average."""
+
+    surprise = 1.0
+
+    def _event(self, loss: float, norm: float) -> str:
+        average = self.state.norm
+        event = super()._event(loss, norm)
+        self.surprise = norm / math.exp(average) if "norm" in event else 1.0
+        return event
+
+
+class Shortened(AdaptiveWarmup):
+    """Shortens the step at an event: to a tenth at most, and back by a tenth a step, as momentum forgets."""
+
+    shortening = 1.0
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
+        super().__init__(optimizer, model, **options)
+        self.cadence.__class__ = Shortening
+
+    def _scale_rates(self, scale: float) -> None:
+        allowed = 4.0 if self.controller.state.forecast * scale * self._largest_rate() < 0.05 else 2.0
+        self.shortening = min(1.1 * self.shortening, max(allowed / self.cadence.surprise, 0.1), 1.0)
+        super()._scale_rates(scale * self.shortening)
 
 
 class BatchAware(SharpnessEstimator):
@@ -241,12 +266,12 @@ class Cap(Controller):
 
     cap = math.inf
 
-    def update(self, rate: float, reading: Reading | None = None, signals: Signals = NO_SIGNALS) -> Decision:
+    def update(self, rate: float, reading: Reading | None = None, losing: bool = False) -> Decision:
         warm = self.phase == "warmup"
         if not warm:
             self.state.scale = min(1.0, self.cap / rate)
         before = self.state.scale
-        decision = super().update(rate, reading, signals)
+        decision = super().update(rate, reading, losing)
         if self.phase != "warmup" and (warm or self.state.scale < before):
             self.cap = self.state.scale * rate
         return decision
@@ -309,8 +334,9 @@ VARIANTS = {
     "every 5": Variant("cadence", {"every": 5}),
     "every step": Variant("cadence", {"every": 1}),
     "no events": Variant("cadence", parts={"cadence": NoEvents}, quick=True),
-    "events do not probe": Variant("cadence", parts={"cadence": NoEventProbes}),
-    "events do not shorten": Variant("cadence", parts={"cadence": NoShortening}),
+    "events probe the next batch": Variant("cadence", parts={"cadence": LateProbes}),
+    "events shorten the step too": Variant("cadence", wrapper=Shortened, quick=True),
+    "double backward": Variant("products", {"hvp": "double_backward"}, quick=True),
     "1 product (fresh quotient)": Variant("products", {"probe_steps": 1}, quick=True),
     "3 products (Krylov)": Variant("products", {"probe_steps": 3}),
     "5 products (Krylov)": Variant("products", {"probe_steps": 5}),

@@ -11,8 +11,6 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
   beyond the scale of the last reading, and not while the loss is losing ground.
 * Curvature is not all that limits an early step (Kosson et al. 2024, arXiv 2410.23922): the relative change of the
   weights by a step is let grow by a constant a step.
-* A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
-  shortened in proportion, and the shortening recovers within the memory of the momentum.
 * An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
   way back from a cut. The scale is kept then, so that the user's decay keeps its shape.
 """
@@ -40,10 +38,6 @@ EVIDENCE = 4.0
 """Largest scale over that of the last reading."""
 RAMP = 0.002
 """Growth a step of the relative change of the weights that a step may make."""
-SURPRISE, SURPRISE_FAR, NEAR = 2.0, 4.0, 0.1
-"""A norm so many times its average shortens the step: where the ratio is so near target, and where farther off."""
-SHORTEST, RECOVERY = 0.1, 1.1
-"""Least shortening, and the way back a step."""
 PATIENT_STEPS = 1000
 """Steps after which warmup ends without a single successful probe, at the scale `UNMEASURED`."""
 RELEASE_GROWTH = 1.05
@@ -79,22 +73,6 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Signals:
-    """What the step's own loss and gradient say for free.
-
-    Attributes:
-        surprise: gradient norm over its running average if that is an event, else 1.
-        losing: the running average of the loss is above its lowest by more than its noise.
-    """
-
-    surprise: float = 1.0
-    losing: bool = False
-
-
-NO_SIGNALS = Signals()
-
-
-@dataclass(frozen=True)
 class Decision:
     """What the wrapper applies: rates times `scale`.
 
@@ -120,7 +98,6 @@ class ControllerState:
     share: float = 1.0
     relative_update: float = 0.0
     probed_scale: float = 0.0
-    shortening: float = 1.0
     age: float = 0.0
     readings: float = 0.0
     probes: float = 0.0
@@ -148,11 +125,6 @@ class Controller:
         return PHASES[int(self.state.phase)]
 
     @property
-    def applied(self) -> float:
-        """The scale of the last step: the controller's, shortened where that step's gradient called for it."""
-        return self.state.scale * self.state.shortening
-
-    @property
     def moving(self) -> bool:
         """Whether the scale still changes although warmup is done."""
         return self.phase == "done" and self.after == "release" and self.state.scale < 1.0
@@ -161,17 +133,16 @@ class Controller:
         """Begin warmup again from the next reading."""
         self.state = ControllerState()
 
-    def update(self, rate: float, reading: Reading | None = None, signals: Signals = NO_SIGNALS) -> Decision:
+    def update(self, rate: float, reading: Reading | None = None, losing: bool = False) -> Decision:
         """Decide the coming step.
 
         Args:
             rate: the scheduled learning rate, above 0; only its ratios between steps matter.
             reading: if a probe was made for this step.
-            signals: of the step's own loss and gradient.
+            losing: the running average of the loss is above its lowest by more than its noise.
         """
         s = self.state
         s.age += 1
-        s.shortening = min(1.0, s.shortening * RECOVERY)
         if self.phase == "done":
             s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
             return self._decision(rate)
@@ -185,11 +156,7 @@ class Controller:
         if math.isnan(s.forecast):
             return self._end(rate)
         carried = self.target * s.share / max(s.forecast * rate, 1e-30)
-        reason = self._move(carried, rate, reading, signals.losing)
-        allowed = SURPRISE if s.scale > NEAR * carried else SURPRISE_FAR
-        if signals.surprise > allowed:
-            s.shortening = min(s.shortening, max(allowed / signals.surprise, SHORTEST))
-        return self._end(rate, reason)
+        return self._end(rate, self._move(carried, rate, reading, losing))
 
     def _forecast(self, reading: Reading, rate: float) -> float:
         """Rising counts at once; a fall counts half in log, and as one of two decades at most.
@@ -212,7 +179,7 @@ class Controller:
         """
         s = self.state
         first = reading is not None and s.readings == 1 and self.phase == "warmup"
-        slack = self._slack(reading)
+        slack = self._overshoot(reading)
         before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
         limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else math.inf)
         if first:
@@ -229,7 +196,7 @@ class Controller:
             return f"started at scale {s.scale:.3g}"
         return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
 
-    def _slack(self, reading: Reading | None) -> float:
+    def _overshoot(self, reading: Reading | None) -> float:
         """Ratio over target up to which a reading is no reason to cut: SGD undoes a step near the edge by itself."""
         return max(1.0 / self.target, 1.0) if reading is not None and reading.tolerant else 1.0
 
@@ -263,9 +230,8 @@ class Controller:
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state
-        scale = self.applied
-        ratio = scale * s.forecast * rate
-        return Decision(scale, self.phase, ratio, ratio / (self.target * s.share), reason)
+        ratio = s.scale * s.forecast * rate
+        return Decision(s.scale, self.phase, ratio, ratio / (self.target * s.share), reason)
 
     def state_values(self) -> list[float]:
         return [float(v) for v in asdict(self.state).values()]

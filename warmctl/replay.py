@@ -239,6 +239,11 @@ class Replay:
 
         return cls(closure, params, **kwargs)
 
+    @property
+    def inspected(self) -> bool:
+        """Whether `precision` is known: a gradient has been computed."""
+        return self._bystanders is not None
+
     @_with_grads_if_needed
     def gradient(self) -> tuple[float, Vector]:
         """The loss and its gradient (dense, this process's shards), by a real backward pass. Cost: 1."""
