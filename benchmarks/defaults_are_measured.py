@@ -33,10 +33,11 @@ import typer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks import replaces_tuned_warmup as runs
+from benchmarks import runs
 from benchmarks.harness import Quick, Results, console, table
+from benchmarks.policies import uses_adam
 from benchmarks.problems import PROBLEMS, half_decades
-from benchmarks.replaces_tuned_warmup import Job, Row
+from benchmarks.runs import Job, Row
 from warmctl import AdaptiveWarmup
 from warmctl.cadence import Cadence
 from warmctl.controller import Controller, Decision, Reading
@@ -367,7 +368,7 @@ class Trial(NamedTuple):
     @property
     def source(self) -> str:
         """The variant that this trial is in fact."""
-        same = VARIANTS[self.variant].adam_only and not runs.uses_adam(PROBLEMS[self.job.problem])
+        same = VARIANTS[self.variant].adam_only and not uses_adam(PROBLEMS[self.job.problem])
         return DEFAULT if same else self.variant
 
 

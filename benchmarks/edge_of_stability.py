@@ -36,8 +36,9 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.harness import Quick, Results, console, table
+from benchmarks.policies import seed_second_moment
 from benchmarks.problems import GPT, PROBLEMS, Batch, Problem, mnist1d, text_batches
-from benchmarks.replaces_tuned_warmup import FAILED, library, seed_second_moment, signature
+from benchmarks.runs import FAILED, library, signature
 from warmctl import AdaptiveWarmup, sharpness
 
 Row = dict[str, Any]

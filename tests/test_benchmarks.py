@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import replaces_tuned_warmup as bench
+from benchmarks import cells as stats, policies, replaces_tuned_warmup as bench, runs
 from benchmarks.problems import PROBLEMS
-from benchmarks.replaces_tuned_warmup import Job, Row
+from benchmarks.runs import Job, Row
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -36,8 +36,8 @@ def sweep(**losses: list[float]) -> list[Row]:
     ]
 
 
-def only(rows: list[Row]) -> bench.Cell:
-    (cell,), missing = bench.gather(rows)
+def only(rows: list[Row]) -> stats.Cell:
+    (cell,), missing = stats.gather(rows)
     assert missing == 0
     return cell
 
@@ -77,39 +77,39 @@ def test_a_cell_holds_the_seeds_that_all_policies_have() -> None:
 
 def test_a_cell_without_one_of_its_problems_policies_is_left_out() -> None:
     rows = [*sweep(none=[1.0] * 7, warmctl=[1.0] * 7), row("linear-1%", 1.0, lr=RATES[0])]
-    cells, missing = bench.gather(rows)
+    cells, missing = stats.gather(rows)
     assert [cell.lr for cell in cells] == [RATES[0]] and missing == 6
 
 
 def test_span_counts_half_a_decade_a_cell_within_a_tenth_of_the_best_of_any_policy() -> None:
-    cells, _ = bench.gather(
+    cells, _ = stats.gather(
         sweep(none=[2, 1.12, 1.05, 2.3, 2.3, 2.3, 2.3], linear_10=[2, 1.2, 1.2, 1.09, 2.3, 2.3, 2.3], warmctl=[1.0] * 7)
     )
-    assert bench.span(cells, "warmctl") == 3.5
-    assert bench.span(cells, "none") == 0.5
-    assert bench.span(cells, "oracle") == 1.0
+    assert stats.span(cells, "warmctl") == 3.5
+    assert stats.span(cells, "none") == 0.5
+    assert stats.span(cells, "oracle") == 1.0
 
 
 def test_mean_rank_shares_places_and_leaves_out_cells_without_a_policy() -> None:
     rows = [row("none", 2.3), row("linear-1%", 2.3), row("warmctl", 1.0)]
     other = [row("none", 1.0, problem="mlp"), row("warmctl", 1.5, problem="mlp")]
-    cells, _ = bench.gather(rows + other)
-    assert bench.mean_ranks(cells, ["none", "linear-1%", "warmctl"]) == {"none": 2.5, "linear-1%": 2.5, "warmctl": 1.0}
-    assert bench.mean_ranks(cells, ["none", "warmctl"]) == {"none": 1.5, "warmctl": 1.5}
+    cells, _ = stats.gather(rows + other)
+    assert stats.mean_ranks(cells, ["none", "linear-1%", "warmctl"]) == {"none": 2.5, "linear-1%": 2.5, "warmctl": 1.0}
+    assert stats.mean_ranks(cells, ["none", "warmctl"]) == {"none": 1.5, "warmctl": 1.5}
 
 
 def test_price_is_per_update_and_against_fixed_schedules_in_the_same_cell() -> None:
     ours = row("warmctl", 1.0, overhead=0.1, cpu_seconds=1.2)
     diverged = row("linear-1%", 2.3, cpu_seconds=0.1, updates=10, failed=True)
-    cells, _ = bench.gather([row("none", 1.0), diverged, ours])
-    assert bench.price(cells) == pytest.approx((0.1, 0.2))
+    cells, _ = stats.gather([row("none", 1.0), diverged, ours])
+    assert stats.price(cells) == pytest.approx((0.1, 0.2))
 
 
 FIXED = [2.0, 1.0, 1.5, 2.3, 2.3, 2.3, 2.3]  # the best rate is the second
 
 
 def test_all_targets_are_met_where_they_should_be() -> None:
-    cells, _ = bench.gather(sweep(none=FIXED, warmctl=[2.0, 1.0, 0.99, 1.0, 1.05, 1.05, 1.0]))
+    cells, _ = stats.gather(sweep(none=FIXED, warmctl=[2.0, 1.0, 0.99, 1.0, 1.05, 1.05, 1.0]))
     found = bench.verdicts(cells, 400)
     assert all(verdict.met for verdict in found.values()), found
 
@@ -132,51 +132,51 @@ def test_each_target_can_be_missed(target: str, losses: list[float], overhead: f
     for one in rows:
         if one["policy"] == "warmctl":
             one |= {"overhead": overhead, "cpu_seconds": 1 + overhead}
-    verdict = next(v for key, v in bench.verdicts(bench.gather(rows)[0], 400).items() if key.startswith(target))
+    verdict = next(v for key, v in bench.verdicts(stats.gather(rows)[0], 400).items() if key.startswith(target))
     assert verdict.met is False, verdict
 
 
 def test_a_diverged_run_counts_as_chance_and_has_failed() -> None:
-    found = bench.outcome(math.nan, [2.0, 100.0, math.inf], steps=4, chance=2.3)
+    found = runs.outcome(math.nan, [2.0, 100.0, math.inf], steps=4, chance=2.3)
     assert found["loss"] == 2.3 and found["raw_loss"] is None and found["failed"]
     assert found["train_loss"] == pytest.approx((2.0 + 2.3 + 2.3 + 2.3) / 4)
-    assert bench.outcome(50.0, [1.0], steps=1, chance=2.3)["loss"] == 2.3
-    assert not bench.outcome(0.5, [1.0], steps=1, chance=2.3)["failed"]
+    assert runs.outcome(50.0, [1.0], steps=1, chance=2.3)["loss"] == 2.3
+    assert not runs.outcome(0.5, [1.0], steps=1, chance=2.3)["failed"]
 
 
 def test_a_line_that_a_kill_cut_short_is_run_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    bench.append(path, row("none", 1.0))
+    runs.append(path, row("none", 1.0))
     path.write_text(path.read_text() + '{"problem": "cnn", "pol')
-    bench.append(path, row("none", 0.5))
-    bench.append(path, row("warmctl", 2.0))
-    assert [saved["loss"] for saved in bench.load(path).values()] == [0.5, 2.0]
+    runs.append(path, row("none", 0.5))
+    runs.append(path, row("warmctl", 2.0))
+    assert [saved["loss"] for saved in runs.load(path).values()] == [0.5, 2.0]
 
 
 def test_comments_and_docstrings_are_no_change_of_code() -> None:
-    assert bench.bare('def f():\n    """Words."""\n    return 1  # one\n') == bench.bare("def f():\n    return 1\n")
-    assert bench.bare("x = 1") != bench.bare("x = 2")
+    assert runs.bare('def f():\n    """Words."""\n    return 1  # one\n') == runs.bare("def f():\n    return 1\n")
+    assert runs.bare("x = 1") != runs.bare("x = 2")
 
 
 def test_second_moment_is_seeded_with_the_first_gradient() -> None:
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     adam = torch.optim.Adam([p], lr=0.1, betas=(0.9, 0.99), eps=0)
-    adam.register_step_pre_hook(bench.seed_second_moment)
+    adam.register_step_pre_hook(policies.seed_second_moment)
     p.grad = torch.tensor([3.0, -5.0])
     adam.step()
     assert torch.allclose(adam.state[p]["exp_avg_sq"], p.grad**2)
     assert torch.allclose(p.detach(), torch.tensor([0.99, -1.99]))  # lr √(1 − β₂): the correction stays
 
 
-@pytest.mark.parametrize("policy", bench.POLICIES)
+@pytest.mark.parametrize("policy", policies.POLICIES)
 def test_every_policy_trains(policy: str) -> None:
-    found = bench.measure(Job("vit", policy, 1e-3, seed=0, steps=3))
+    found = runs.measure(Job("vit", policy, 1e-3, seed=0, steps=3))
     assert found["updates"] == 3 and math.isfinite(found["raw_loss"])
 
 
 def test_policies_for_adam_are_left_out_elsewhere() -> None:
-    assert bench.policies_for(PROBLEMS["gpt-post"]) == list(bench.POLICIES)
-    assert "radam" not in bench.policies_for(PROBLEMS["digits"])
+    assert policies.policies_for(PROBLEMS["gpt-post"]) == list(policies.POLICIES)
+    assert "radam" not in policies.policies_for(PROBLEMS["digits"])
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -185,12 +185,12 @@ def test_run_resume_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
     path = tmp_path / "smoke.jsonl"
     jobs = [Job("digits", policy, 0.1, 0, 5) for policy in ("none", "warmctl")]
-    rows = bench.run(jobs, path, workers=1)
-    monkeypatch.setattr(bench, "measure", lambda job: pytest.fail("measured twice"))
-    assert bench.run(jobs, path, workers=1) == rows
+    rows = runs.run(jobs, path, workers=1)
+    monkeypatch.setattr(runs, "measure", lambda job: pytest.fail("measured twice"))
+    assert runs.run(jobs, path, workers=1) == rows
     summary = bench.report(list(rows.values()), 5, "smoke", {})
     assert (tmp_path / "smoke.png").stat().st_size > 0 and (tmp_path / "smoke.json").exists()
     assert summary["targets"]["test"].keys() == summary["targets"]["all"].keys()
-    monkeypatch.setattr(bench, "library", lambda: "edited")
+    monkeypatch.setattr(runs, "library", lambda: "edited")
     with pytest.raises(pytest.fail.Exception, match="measured twice"):
-        bench.run(jobs, path, workers=1)
+        runs.run(jobs, path, workers=1)

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks import defaults_are_measured as bench
 from benchmarks.defaults_are_measured import DEFAULT, VARIANTS, Trial
-from benchmarks.replaces_tuned_warmup import Job
+from benchmarks.runs import Job
 from warmctl import AdaptiveWarmup
 from warmctl.cadence import Cadence
 from warmctl.controller import Reading
