@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from benchmarks import edge_of_stability as bench
-from benchmarks.edge_of_stability import SETTINGS, Heatmap, Row, Setting
+from benchmarks import edge_of_stability as bench, edge_runs as runs
+from benchmarks.edge_runs import SETTINGS, Heatmap, Row, Setting
+from benchmarks.problems import Batch
 from tests.problems_closed_form import dense_hessian
 
 GD, NESTEROV, ADAM, FAST_ADAM = SETTINGS
@@ -26,7 +27,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def random_batch(size: int = 32) -> bench.Batch:
+def random_batch(size: int = 32) -> Batch:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, 40, generator=generator), torch.randn(size, 10, generator=generator)
 
@@ -45,21 +46,21 @@ def run(start: float = 0.4, settled: float = 1.0, back: int | None = None) -> Ro
 
 
 def test_oracle_is_the_dense_eigenvalue_for_gradient_descent() -> None:
-    model, batch = bench.tanh_mlp(0, width=4), random_batch()
-    exact = torch.linalg.eigvalsh(torch.from_numpy(dense_hessian(model, bench.square_loss, batch)))[-1].item()
-    assert bench.oracle_ratio(model, batch, SGD(model.parameters(), lr=0.3), 2.0) == pytest.approx(0.15 * exact)
+    model, batch = runs.tanh_mlp(0, width=4), random_batch()
+    exact = torch.linalg.eigvalsh(torch.from_numpy(dense_hessian(model, runs.square_loss, batch)))[-1].item()
+    assert runs.oracle_ratio(model, batch, SGD(model.parameters(), lr=0.3), 2.0) == pytest.approx(0.15 * exact)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_oracle_is_the_dense_eigenvalue_for_adam(steps: int) -> None:
-    model, batch = bench.tanh_mlp(0, width=4), random_batch()
+    model, batch = runs.tanh_mlp(0, width=4), random_batch()
     adam = Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
     for _ in range(steps):
-        adam.step(bench.closure_for(adam, model, batch))
-    exact = dense_hessian(model, bench.square_loss, batch)
+        adam.step(runs.closure_for(adam, model, batch))
+    exact = dense_hessian(model, runs.square_loss, batch)
     before = [p.detach().clone() for p in model.parameters()]
-    value = bench.oracle_ratio(model, batch, adam, 38.0)
-    adam.step(bench.closure_for(adam, model, batch))  # now its state holds the second moment of that step
+    value = runs.oracle_ratio(model, batch, adam, 38.0)
+    adam.step(runs.closure_for(adam, model, batch))  # now its state holds the second moment of that step
     square = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in model.parameters()]).double()
     root = ((square / (1 - 0.99 ** (steps + 1))).sqrt() + 1e-8).rsqrt()
     scaled = torch.from_numpy(exact) * root[:, None] * root
@@ -68,9 +69,9 @@ def test_oracle_is_the_dense_eigenvalue_for_adam(steps: int) -> None:
 
 
 def test_a_monitored_quadratic_stays_at_the_ratio_of_its_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "signals", lambda count: random_batch(count))
-    monkeypatch.setattr(bench, "tanh_mlp", lambda seed, width: nn.Linear(40, 10))
-    found = bench.monitored(Setting(partial(SGD, lr=0.2, momentum=0.9), 3.8, 1.0), seed=0, steps=60)
+    monkeypatch.setattr(runs, "signals", lambda count: random_batch(count))
+    monkeypatch.setattr(runs, "tanh_mlp", lambda seed, width: nn.Linear(40, 10))
+    found = runs.monitored(Setting(partial(SGD, lr=0.2, momentum=0.9), 3.8, 1.0), seed=0, steps=60)
     exact = 0.2 * linear_sharpness(random_batch(256)[0]) / 3.8
     assert found["settled"] == pytest.approx(exact, rel=1e-3)
     assert list(found["oracle"].values()) == pytest.approx([exact] * 5)
@@ -78,9 +79,9 @@ def test_a_monitored_quadratic_stays_at_the_ratio_of_its_closed_form(monkeypatch
 
 
 def test_bias_is_the_mean_over_batches_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "BIAS", {16: 1.0})
+    monkeypatch.setattr(runs, "BIAS", {16: 1.0})
     batch, generator = random_batch(64), torch.Generator().manual_seed(0)
-    found = bench.batch_sharpness(nn.Linear(40, 10), batch, epochs=1, most=99)
+    found = runs.batch_sharpness(nn.Linear(40, 10), batch, epochs=1, most=99)
     parts = torch.randperm(64, generator=generator).split(16)
     exact = [linear_sharpness(batch[0][rows]) / linear_sharpness(batch[0]) for rows in parts]
     assert found["16"]["mean"] == pytest.approx(sum(exact) / 4, rel=2e-3) and found["16"]["batches"] == 4
@@ -91,13 +92,13 @@ def test_bias_is_the_mean_over_batches_that_do_not_overlap(monkeypatch: pytest.M
 
 
 def test_gradient_descent_on_a_small_network_rises_to_the_edge_and_stays() -> None:
-    found = bench.monitored(SETTINGS[GD], seed=0, steps=700, width=16)
+    found = runs.monitored(SETTINGS[GD], seed=0, steps=700, width=16)
     assert found["start"] < 0.7 and found["settled"] == pytest.approx(1, abs=0.1)
     assert found["phase"] == "guard" and found["probes"] == 70  # it goes on measuring when "warmup" is over
 
 
 def test_a_run_that_diverges_counts_as_chance() -> None:
-    found = bench.warmed_up("adam", lr=1e30, warmup=0, steps=3, seed=0)
+    found = runs.warmed_up("adam", lr=1e30, warmup=0, steps=3, seed=0)
     assert found["diverged"] and found["loss"] == found["chance"]
 
 
@@ -110,7 +111,7 @@ def test_warmup_is_linear_and_ends_at_the_peak(monkeypatch: pytest.MonkeyPatch) 
         return step(self, closure)
 
     monkeypatch.setattr(Adam, "step", noted)
-    bench.warmed_up("seeded", lr=1e-2, warmup=4, steps=6, seed=0)
+    runs.warmed_up("seeded", lr=1e-2, warmup=4, steps=6, seed=0)
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
@@ -119,10 +120,10 @@ def test_warmup_is_linear_and_ends_at_the_peak(monkeypatch: pytest.MonkeyPatch) 
 
 def test_back_is_where_the_median_of_the_next_probes_is_at_the_edge() -> None:
     ratios = {1 + 10 * i: r for i, r in enumerate([5.0, 3.0, 0.9, 2.0, 2.0, 2.0, 2.0, 2.0, *[1.0] * 20])}
-    assert bench.back_at(ratios) == 81  # 21 is below by itself, but five of the ten from it on are above
-    assert bench.back_at({1: 5.0, **{1 + 10 * i: 1.0 for i in range(1, 20)}}) == 11
-    assert bench.back_at({step: 2.0 for step in ratios}) is None
-    assert bench.summary_of({step: r / 10 for step, r in ratios.items()}, 300)["back"] is None
+    assert runs.back_at(ratios) == 81  # 21 is below by itself, but five of the ten from it on are above
+    assert runs.back_at({1: 5.0, **{1 + 10 * i: 1.0 for i in range(1, 20)}}) == 11
+    assert runs.back_at({step: 2.0 for step in ratios}) is None
+    assert runs.summary_of({step: r / 10 for step, r in ratios.items()}, 300)["back"] is None
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
@@ -149,7 +150,7 @@ def test_adams_start_and_return() -> None:
 
 
 def bias_row(*means: float) -> Row:
-    return {"trained": {str(b): {"mean": m} for b, m in zip(bench.BIAS, means, strict=True)}, "oracle error": 0.0}
+    return {"trained": {str(b): {"mean": m} for b, m in zip(runs.BIAS, means, strict=True)}, "oracle error": 0.0}
 
 
 def test_bias_must_fall_and_be_near_every_figure() -> None:
@@ -199,8 +200,8 @@ def test_the_boundary_must_move_by_half_a_decade_and_not_come_back() -> None:
 def test_measured_once_and_taken_over_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
     monkeypatch.setattr(bench, "WIDTHS", (4,))
-    monkeypatch.setattr(bench, "signals", lambda count: random_batch(count))
-    monkeypatch.setattr(bench, "tanh_mlp", lambda seed, width=4: nn.Linear(40, 10))
+    monkeypatch.setattr(runs, "signals", lambda count: random_batch(count))
+    monkeypatch.setattr(runs, "tanh_mlp", lambda seed, width=4: nn.Linear(40, 10))
     sizes = {"seeds": 1, "steps": 41, "controlled_steps": 60, "epochs": 2, "most": 2, "map_steps": 2, "map_seeds": 1}
     monkeypatch.setattr(bench, "FULL", bench.Size(**sizes, rates=(1e-3, 1e-2), warmups=(2,)))
     bench.main(quick=False)
@@ -220,5 +221,5 @@ def test_measured_once_and_taken_over_after_a_kill(tmp_path: Path, monkeypatch: 
 
 def test_spread_and_thinning() -> None:
     assert bench.spread([1.0, 3.0, 2.0], "{:.0f}") == "2 [1, 3]" and bench.spread([1.0], "{:.1f}") == "1.0"
-    steps, values = bench.thinned({step: math.sqrt(step) for step in range(1, 5001)})
+    steps, values = runs.thinned({step: math.sqrt(step) for step in range(1, 5001)})
     assert steps[0] == 1 and steps[-1] == 5000 and len(steps) < 250 and values[-1] == pytest.approx(70.71)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import tracks_sharpness as bench
+from benchmarks import cold_start as cold, tracks_sharpness as bench
+from benchmarks.cold_start import Row
 from benchmarks.problems import Batch
-from benchmarks.tracks_sharpness import Row, Tracked
+from benchmarks.tracks_sharpness import Tracked
 from warmctl import sharpness
 from warmctl.estimator import SharpnessEstimator
 from warmctl.update_rules import update_rule
@@ -41,7 +42,7 @@ def test_dense_truth_is_the_hessian_of_the_loss() -> None:
         twin = net().double()
         moved = torch.nn.utils.parameters_to_vector(twin.parameters()) + step * direction
         torch.nn.utils.vector_to_parameters(moved, twin.parameters())
-        loss = bench.loss_of(twin, (batch[0].double(), batch[1]))
+        loss = cold.loss_of(twin, (batch[0].double(), batch[1]))
         ends.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(twin.parameters()))]))
     torch.testing.assert_close(hessian @ direction, (ends[0] - ends[1]) / 2e-4, rtol=1e-5, atol=1e-8)
 
@@ -49,9 +50,9 @@ def test_dense_truth_is_the_hessian_of_the_loss() -> None:
 def test_dense_truth_agrees_with_sharpness_and_with_the_matrix_free_reference() -> None:
     model, batch = net(), pool()
     top = bench.top_eigenvalue(bench.dense_hessian(model, batch))
-    assert sharpness(model, bench.loss_of, batch, tol=1e-4).eigenvalue == pytest.approx(top, rel=1e-5)
+    assert sharpness(model, cold.loss_of, batch, tol=1e-4).eigenvalue == pytest.approx(top, rel=1e-5)
     values = torch.linalg.eigvalsh(bench.dense_hessian(model, batch))
-    assert bench.reference(model, batch) == pytest.approx(float(values[-1]), rel=1e-6)
+    assert cold.reference(model, batch) == pytest.approx(float(values[-1]), rel=1e-6)
 
 
 def test_the_largest_algebraic_eigenvalue_is_meant() -> None:
@@ -66,10 +67,10 @@ def test_preconditioned_truth_is_on_the_wrappers_own_diagonal(steps: int) -> Non
     optimizer = torch.optim.Adam(model.parameters(), 1e-2, betas=(0.9, 0.99))
     for _ in range(steps):
         optimizer.zero_grad()
-        bench.loss_of(model, batch).backward()
+        cold.loss_of(model, batch).backward()
         optimizer.step()
     optimizer.zero_grad()
-    bench.loss_of(model, batch).backward()
+    cold.loss_of(model, batch).backward()
     p = bench.preconditioner(model, optimizer)
     estimator = SharpnessEstimator(optimizer, update_rule(optimizer), "auto", "lanczos", 2)
     root = torch.cat([r.flatten().double() for r in estimator.scaling(list(model.parameters()))[0]])
@@ -96,8 +97,8 @@ def test_a_wrong_eigenvector_shows_as_an_error() -> None:
     hessian = bench.dense_hessian(model, batch)
     values, vectors = torch.linalg.eigh(hessian)
     second = float(vectors[:, -2] @ hessian @ vectors[:, -2])
-    assert bench.relative_error(second, float(values[-1])) == pytest.approx(1 - float(values[-2] / values[-1]))
-    assert bench.relative_error(float("nan"), 2.0) == 1.0
+    assert cold.relative_error(second, float(values[-1])) == pytest.approx(1 - float(values[-2] / values[-1]))
+    assert cold.relative_error(float("nan"), 2.0) == 1.0
 
 
 def test_probes_and_their_price_are_counted_between_the_first_and_the_last() -> None:
@@ -123,14 +124,14 @@ TIGHT: dict[str, Row] = {
 }
 
 
-@pytest.mark.parametrize("name", bench.CALLS)
+@pytest.mark.parametrize("name", cold.CALLS)
 def test_every_library_finds_the_same_eigenvalue_and_leaves_the_model_alone(name: str) -> None:
-    if name not in bench.installed()[0]:
+    if name not in cold.installed()[0]:
         pytest.skip(f"{name} is not installed")
     model, batch = net().eval(), pool()
     before = [p.detach().clone() for p in model.parameters()]
     top = bench.top_eigenvalue(bench.dense_hessian(model, batch))
-    eigenvalue, products = bench.call(name, model, batch, 0, TIGHT[name])
+    eigenvalue, products = cold.call(name, model, batch, 0, TIGHT[name])
     assert eigenvalue == pytest.approx(top, rel=1e-2)
     assert products > 2
     assert all(p.grad is None for p in model.parameters())
@@ -144,12 +145,12 @@ def test_the_first_setting_that_reaches_one_percent_for_every_seed_is_kept(monke
         calls.append((seed, tol))
         return 1 + tol * (0.5 + seed), 3
 
-    monkeypatch.setitem(bench.CALLS, "warmctl", library)
-    monkeypatch.setitem(bench.LADDERS, "warmctl", [[{"tol": tol} for tol in (0.1, 0.01, 0.003, 0.001)]])
-    found = bench.search("warmctl", net(), pool(), 1.0, (0, 1, 2))
+    monkeypatch.setitem(cold.CALLS, "warmctl", library)
+    monkeypatch.setitem(cold.LADDERS, "warmctl", [[{"tol": tol} for tol in (0.1, 0.01, 0.003, 0.001)]])
+    found = cold.search("warmctl", net(), pool(), 1.0, (0, 1, 2))
     assert found["chosen"]["setting"] == {"tol": 0.003}
     assert calls == [(0, 0.1), (0, 0.01), (1, 0.01), (0, 0.003), (1, 0.003), (2, 0.003)]
-    assert bench.search("warmctl", net(), pool(), 2.0, (0,))["chosen"] is None
+    assert cold.search("warmctl", net(), pool(), 2.0, (0,))["chosen"] is None
 
 
 def rows(
@@ -185,8 +186,8 @@ def test_to_miss_one_percent_ourselves_is_to_miss_the_cold_targets() -> None:
 
 
 def test_models_have_the_sizes_that_are_claimed() -> None:
-    assert all(bench.size_of(bench.built(model.make)) <= 2000 for model in bench.TRACKED.values())
-    assert all(bench.size_of(bench.built(model.make)) >= 1e6 for model in bench.COLD.values())
+    assert all(bench.size_of(cold.built(model.make)) <= 2000 for model in bench.TRACKED.values())
+    assert all(bench.size_of(cold.built(model.make)) >= 1e6 for model in cold.COLD.values())
 
 
 def test_figure_is_drawn(tmp_path: Any) -> None:
