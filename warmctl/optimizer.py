@@ -53,7 +53,8 @@ class AdaptiveWarmup(Optimizer):
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
         every: steps between probes, or "auto": events and a budget decide.
         budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
-        hvp: "auto", "finite_difference", "double_backward" or "forward_over_reverse", see `HessianOperator`.
+        hvp: "finite_difference", "double_backward" or "forward_over_reverse", see `HessianOperator`; "auto" is the
+            first, unless the model computes in less than float32 and an exact product says otherwise.
         estimator: "lanczos" (from cold; then, with two products, Rayleigh–Ritz on the tracked eigenvector and the
             coming step) or "power".
         probe_steps: Hessian-vector products a probe.
