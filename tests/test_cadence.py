@@ -109,16 +109,16 @@ def test_ordinary_noise_is_no_event() -> None:
 def test_bad_signals_leave_the_averages_alone(bad: float) -> None:
     cadence = Cadence()
     run(cadence, 20)
-    before = cadence.state_values()
+    before = cadence.state.state_values()
     assert cadence._event(bad if bad else math.nan, bad) == ""
-    assert cadence.state_values() == before
+    assert cadence.state.state_values() == before
 
 
 def test_state_round_trip() -> None:
     one = Cadence()
     run(one, 100)
     two = Cadence()
-    two.load_state_values(one.state_values())
+    two.state.load_state_values(one.state.state_values())
     assert run(one, 100) == run(two, 100)
 
 

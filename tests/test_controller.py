@@ -265,7 +265,7 @@ def test_state_round_trip_continues_identically() -> None:
     for reading in readings[:50]:
         one.update(1.0, reading)
     two = Controller()
-    two.load_state_values(one.state_values())
+    two.state.load_state_values(one.state.state_values())
     assert [one.update(1.0, r) for r in readings[50:]] == [two.update(1.0, r) for r in readings[50:]]
 
 
@@ -280,10 +280,9 @@ def test_restart_begins_again() -> None:
 
 def test_controller_and_cadence_import_no_torch() -> None:
     code = (
-        "import sys, importlib.util as u\n"
-        "for name in ('controller', 'cadence'):\n"
-        "    spec = u.spec_from_file_location(name, f'warmctl/{name}.py'); module = u.module_from_spec(spec)\n"
-        "    sys.modules[name] = module; spec.loader.exec_module(module)\n"
+        "import sys, types\n"
+        "sys.modules['warmctl'] = package = types.ModuleType('warmctl'); package.__path__ = ['warmctl']\n"
+        "import warmctl.controller, warmctl.cadence\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,9 @@ steps, the last of them kept for events. Nothing here reads a clock: the same ru
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+
+from warmctl.state import FloatState
 
 GAP_NEAR, GAP_FAR, GAP_MOST = 0.25, 1.0, 50.0
 """Steps between probes over the age of the run, at the target and a decade below it, and the most in warmup."""
@@ -28,8 +30,8 @@ GUARD_SHARE, GUARD_GAP = 0.2, 10.0
 
 
 @dataclass
-class CadenceState:
-    """All that the cadence remembers, floats only: saved by walking it."""
+class CadenceState(FloatState):
+    """All that the cadence remembers."""
 
     tokens: float = BURST
     age: float = 0.0
@@ -119,12 +121,6 @@ class Cadence:
             s.loss, s.loss_spread = _follow(s.loss, s.loss_spread, loss)
             s.lowest_loss = min(s.lowest_loss, s.loss)
         return " and ".join(events)
-
-    def state_values(self) -> list[float]:
-        return [float(v) for v in asdict(self.state).values()]
-
-    def load_state_values(self, values: list[float]) -> None:
-        self.state = CadenceState(**{f.name: v for f, v in zip(fields(CadenceState), values, strict=True)})
 
 
 def _follow(mean: float, spread: float, value: float) -> tuple[float, float]:

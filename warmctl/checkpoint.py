@@ -8,19 +8,21 @@ first probe (zeros): a sharded checkpoint is read into the structure that a fres
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from warmctl.state import FloatState
+
 NUMBERS, VECTOR = "warmctl", "warmctl_vector"
 FORMAT = 1.0
 
 
 @dataclass
-class Counts:
+class Counts(FloatState):
     """Steps and probes made, what they cost in gradient evaluations, and what the first probe found out.
 
     Attributes:
@@ -41,13 +43,6 @@ class Counts:
     rate: float = math.nan
     loss: float = math.nan
     norm: float = math.nan
-
-    def state_values(self) -> list[float]:
-        return [float(v) for v in asdict(self).values()]
-
-    def load_state_values(self, values: list[float]) -> None:
-        for field, value in zip(fields(self), values, strict=True):
-            setattr(self, field.name, value)
 
 
 def announce(optimizer: Optimizer, numbers: list[float]) -> None:

@@ -18,7 +18,9 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+
+from warmctl.state import FloatState
 
 FLOOR = 1e-4
 """Smallest scale: a loop must not feed itself down to a standstill."""
@@ -89,8 +91,8 @@ class Decision:
 
 
 @dataclass
-class ControllerState:
-    """All that the controller remembers, floats only: saved by walking it."""
+class ControllerState(FloatState):
+    """All that the controller remembers."""
 
     phase: float = 0.0
     scale: float = UNMEASURED
@@ -232,9 +234,3 @@ class Controller:
         s = self.state
         ratio = s.scale * s.forecast * rate
         return Decision(s.scale, self.phase, ratio, ratio / (self.target * s.share), reason)
-
-    def state_values(self) -> list[float]:
-        return [float(v) for v in asdict(self.state).values()]
-
-    def load_state_values(self, values: list[float]) -> None:
-        self.state = ControllerState(**{f.name: v for f, v in zip(fields(ControllerState), values, strict=True)})

@@ -27,6 +27,7 @@ from warmctl.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
 from warmctl.rates import ScaledRates
 from warmctl.replay import Closure, RandomState
 from warmctl.signals import StepSignals
+from warmctl.state import FloatState
 from warmctl.update_rules import learning_rate, update_rule
 from warmctl.vectors import locals_of
 from warmctl.watch import ClosureRun, GradientWatch
@@ -486,8 +487,8 @@ class AdaptiveWarmup(Optimizer):
 
     # State
 
-    def _parts(self) -> tuple[Controller, Cadence, checkpoint.Counts, GraphProbe, ModelCapture]:
-        return self.controller, self.cadence, self.counts, self._graph_probe, self.prober.capture
+    def _parts(self) -> tuple[FloatState, FloatState, FloatState, GraphProbe, ModelCapture]:
+        return self.controller.state, self.cadence.state, self.counts, self._graph_probe, self.prober.capture
 
     def _numbers(self) -> list[float]:
         self.counts.loss, self.counts.norm = self._signals.delayed.tolist()
