@@ -71,7 +71,7 @@ def measure(job: Job, wrap: Wrap = AdaptiveWarmup) -> Row:
         "seconds": round(wall, 4),
         "cpu_seconds": round(cpu, 4),
         "updates": len(losses),
-        "warnings": sorted({str(w.message)[:160] for w in said if "warmctl" in w.filename}),
+        "warnings": sorted({str(w.message)[:160] for w in said if str(w.message).startswith("warmctl")}),
         "code": code(job),
         "torch": torch.__version__,
     }

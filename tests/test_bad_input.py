@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import assert_same, batch_of, closure_for, everything, loss_fn, mlp, train
-from warmctl import AdaptiveWarmup
+from warmctl import AdaptiveWarmup, sharpness
 
 
 def sgd(model: nn.Module, rate: float = 0.1) -> torch.optim.SGD:
@@ -102,10 +103,10 @@ def test_options(name: str, value: Any, error: type[Exception]) -> None:
     model = mlp()
     base = sgd(model)
     before = everything(model, base), dict(base.param_groups[0])
-    given = type(value).__name__ if error is TypeError else repr(value)
     with pytest.raises(error) as caught:
         AdaptiveWarmup(base, model, **{name: value})
-    assert name in str(caught.value) and given in str(caught.value)
+    said = str(caught.value)
+    assert name in said and (repr(value) in said or type(value).__name__ in said)
     assert_same((everything(model, base), dict(base.param_groups[0])), before)
     assert not model._forward_hooks and not model._forward_pre_hooks
 
@@ -580,3 +581,73 @@ def test_parameters_frozen_and_thawed_between_probes() -> None:
         model[0].requires_grad_(not frozen)
         train(opt, model, range(2))
         assert opt.last is not None and not opt.last.reason
+
+
+# Remedies -----------------------------------------------------------------------------------------------------
+
+
+class SignDescent(torch.optim.Optimizer):
+    """A rule that nobody has registered."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign())
+
+
+def test_backward_with_an_unknown_rule_says_what_else_to_call() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(SignDescent(model.parameters(), 1e-3), model)
+    opt.backward(loss_fn(model, batch_of(0)))
+    with pytest.raises(RuntimeError, match=r"SignDescent.*opt\.step\(closure\).*opt\.observe\(batch\)"):
+        opt.step()
+
+
+def test_a_criterion_in_place_of_loss_fn() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, loss_fn=nn.CrossEntropyLoss())
+    opt.observe(batch_of(0))
+    loss_fn(model, batch_of(0)).backward()
+    with pytest.warns(RuntimeWarning, match=r"loss_fn failed: it must run the model itself"):
+        opt.step()
+
+
+def test_loss_fn_without_observe_is_noticed_within_a_few_steps() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, loss_fn=loss_fn)
+    with pytest.warns(RuntimeWarning, match=r"observe\(batch\) was not called") as said:
+        for step in range(30):
+            opt.zero_grad()
+            loss_fn(model, batch_of(step)).backward()
+            opt.step()
+    assert len(said) == 1
+
+
+def test_a_warning_points_at_the_users_line() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, loss_fn=lambda model, batch: 1 / 0)
+    opt.observe(batch_of(0))
+    loss_fn(model, batch_of(0)).backward()
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError") as said:
+        opt.step()
+    assert said[0].filename == __file__
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, every=np.int64(5), target=np.float32(0.5))
+    assert type(opt.metrics["target"]) is float
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(("net", loss_fn), TypeError), ((None, None), TypeError), ((None, loss_fn, -1.0), ValueError)],
+)
+def test_sharpness_names_its_arguments(arguments: tuple[Any, ...], error: type[Exception]) -> None:
+    model, loss, tol = (*arguments, 1e-3)[:3]
+    with pytest.raises(error, match=r"sharpness\(model, loss_fn, batch\)|tol must not be negative"):
+        sharpness(model or mlp(), loss, batch_of(0), tol=tol)

@@ -179,6 +179,31 @@ def test_a_bare_optimizer_loads_ours(optimizer_class: Any) -> None:
     assert_same(bare[0].state_dict(), run[0].state_dict())
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_bare_optimizer_sets_up_what_had_no_state_when_ours_was_saved(steps: int) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+    opt = AdaptiveWarmup(torch.optim.AdamW(model.parameters()), model)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+
+        def closure() -> torch.Tensor:
+            opt.zero_grad()
+            loss = model["body"](x).square().mean()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    bare = torch.optim.AdamW(model.parameters())
+    bare.load_state_dict(opt.state_dict())
+    sum(part(x).square().mean() for part in model.values()).backward()
+    bare.step()
+    assert all("exp_avg" in bare.state[p] for p in model.parameters())
+    again = AdaptiveWarmup(torch.optim.AdamW(model.parameters()), model)
+    again.load_state_dict(opt.state_dict())
+    vectors = opt.estimator.vector, again.estimator.vector
+    assert vectors == (None, None) if steps == 0 else all(map(torch.equal, *vectors))
+
+
 def _fewer_groups(saved: dict[str, Any]) -> None:
     saved["param_groups"].pop()
 

@@ -70,19 +70,27 @@ def withdraw_vector(optimizer: Optimizer, params: list[Tensor]) -> None:
 
 
 def pack(
-    state_dict: dict[str, Any], numbers: list[float], params: list[Tensor], vector: dict[Tensor, Tensor]
+    state_dict: dict[str, Any],
+    numbers: list[float],
+    params: list[Tensor],
+    vector: dict[Tensor, Tensor],
+    stateless: bool,
 ) -> dict[str, Any]:
     """A copy of the wrapped optimizer's `state_dict` with the wrapper's numbers and vector in it.
+
+    The vector goes beside the moments that are there. Alone in its entry it would break a bare optimizer that loads
+    the state dict: most take an entry that is not empty for one that they have set up.
 
     Args:
         params: all parameters, in the order of the groups.
         vector: this process's part of the eigenvector, by trainable parameter.
+        stateless: the optimizer does not mind: where it has no state at all, the vector is in entries of its own.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     groups[0][NUMBERS] = torch.tensor([FORMAT, *numbers], dtype=torch.float64)
     state = dict(state_dict["state"])
     for index, p in enumerate(params):
-        if p in vector:
+        if p in vector and (index in state_dict["state"] or (stateless and not state_dict["state"])):
             state[index] = {**state.get(index, {}), VECTOR: _like(p, vector[p])}
     return {**state_dict, "state": state, "param_groups": groups}
 

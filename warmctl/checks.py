@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,12 +18,16 @@ AFTER = ("guard", "hold", "release")
 def wrapped(optimizer: Any, model: Any) -> None:
     """Raise unless `optimizer` can be wrapped and holds parameters of `model`."""
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+            "the arguments are AdaptiveWarmup(optimizer, model)"
+        )
     if hasattr(optimizer, "base") and hasattr(optimizer, "controller"):
         raise TypeError("optimizer is an AdaptiveWarmup already: wrap the plain optimizer once")
     if isinstance(optimizer, LBFGS):
         raise TypeError(
-            "LBFGS chooses its own step length and evaluates its closure many times a step: there is no warmup to adapt"
+            "LBFGS chooses its own step length and evaluates its closure many times a step: there is no warmup to "
+            "adapt. Use it without AdaptiveWarmup"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -67,9 +72,9 @@ def options(
     if not (_is_number(budget) and 0 < budget <= 1):
         raise ValueError(f"budget must be in (0, 1], a share of the gradient evaluations of training, got {budget!r}")
     if not isinstance(control, bool):
-        raise TypeError(f"control must be True or False, got {type(control).__name__}")
+        raise TypeError(f"control must be True or False, got {control!r}")
     if not _is_integer(seed):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     _one_of("hvp", hvp, METHODS)
     _one_of("estimator", estimator, tuple(ESTIMATORS))
     if not (_is_integer(probe_steps) and probe_steps >= 1):
@@ -127,8 +132,8 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

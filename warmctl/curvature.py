@@ -57,9 +57,14 @@ def sharpness(
     graph of one batch in memory at a time. 10 to 60 products are usual for tol=1e-3, 3 to 14 for tol=0.03,
     which brings the eigenvalue to 1 % on the models of the tests.
 
-    Raises: ValueError without trainable parameters, without batches, or if the loss is not a scalar; TypeError
-    if it is not a tensor.
+    Raises: ValueError without trainable parameters, without batches, if the loss is not a scalar, or for a negative
+    `tol`; TypeError if the loss is not a tensor, `model` no module or `loss_fn` no function.
     """
+    if not isinstance(model, nn.Module) or not callable(loss_fn):
+        given = f"{type(model).__name__} and {type(loss_fn).__name__}"
+        raise TypeError(f"sharpness(model, loss_fn, batch) takes an nn.Module and loss_fn(model, batch), got {given}")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, it is relative to the eigenvalue, got {tol!r}")
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("the model has no parameter that requires grad: there is no curvature to measure")

@@ -41,7 +41,7 @@ class EigenResult:
         eigenvalue: the Ritz value, never above the true eigenvalue but for rounding; nan if a product was
             not finite.
         eigenvector: unit vector, one tensor per parameter.
-        residual: ‖Av − λv‖, in units of the eigenvalue.
+        residual: ‖Av − λv‖, absolute: divide by the eigenvalue for a relative one.
         hvps: products spent.
         converged: whether the residual met the tolerance.
     """

@@ -229,11 +229,13 @@ class SharpnessEstimator:
         return self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0), math.nan
 
     def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-        """Continue from a saved eigenvector; zeros or gaps mean that there was none."""
-        parts = [local(v) for v in vector if v is not None]
-        self.vector = None
-        if len(parts) == len(params) and distributed.inner_product(params)(parts, parts) > 0.0:
-            self.vector = [v.to(local(p), copy=True) for v, p in zip(parts, params, strict=True)]
+        """Continue from a saved eigenvector; a gap is zero, and zeros alone mean that there was none."""
+        saved = [*vector, *[None] * (len(params) - len(vector))]
+        parts = [
+            torch.zeros_like(local(p.detach())) if v is None else local(v).to(local(p), copy=True)
+            for v, p in zip(saved, params, strict=True)
+        ]
+        self.vector = parts if distributed.inner_product(params)(parts, parts) > 0.0 else None
 
     def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:
         """D^½ (zero where the coming step moves nothing), coupled weight decay per tensor, and the sign of H."""
@@ -331,4 +333,4 @@ def _local_state(state: dict[str, object]) -> dict[str, object]:
 
 def first_line(error: BaseException) -> str:
     """An error in one line, for a log or a reason."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

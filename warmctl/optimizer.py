@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from warmctl import checkpoint, checks
 from warmctl.amp import lend_scaler, take_back_scaler
@@ -30,13 +29,23 @@ from warmctl.signals import StepSignals
 from warmctl.state import FloatState
 from warmctl.update_rules import learning_rate, update_rule
 from warmctl.vectors import locals_of
+from warmctl.warning import warn
 from warmctl.watch import ClosureRun, GradientWatch
 
 log = logging.getLogger("warmctl")
 
 UNKNOWN = (math.nan, math.nan, math.nan)
-PATIENCE = 100
+PATIENCE = 10
 """Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
+NOT_OBSERVED = (
+    f"warmctl: loss_fn was given, but observe(batch) was not called in {PATIENCE} steps: call opt.observe(batch) "
+    "before opt.step(). Until then the learning rate stays at 1 % of the schedule"
+)
+NO_RULE = (
+    "backward(loss) cannot measure {name}: it has no registered update rule, so it is measured along the update that "
+    "it makes, and that needs the loss again afterwards. Use opt.step(closure), or opt.observe(batch) with a loss_fn, "
+    "or warmctl.register_update_rule"
+)
 
 
 class AdaptiveWarmup(Optimizer):
@@ -58,10 +67,11 @@ class AdaptiveWarmup(Optimizer):
             first, unless the model computes in less than float32 and an exact product says otherwise.
         estimator: "lanczos" (from cold; then, with two products, Rayleigh–Ritz on the tracked eigenvector and the
             coming step) or "power".
-        probe_steps: Hessian-vector products a probe.
+        probe_steps: Hessian-vector products per probe; twice as many at the first.
         after: when warmup has ended, "guard" goes on with sparse probes that can only cut the scale, "hold" keeps it,
             "release" returns to the schedule.
-        control: False only monitors: the trajectory is bitwise that of the bare optimizer.
+        control: False only monitors: the trajectory is bitwise that of the bare optimizer. Phases and cadence are those
+            of a controlled run; `every=10` with `after="guard"` measures evenly.
         max_warmup: steps after which warmup ends in any case.
         seed: of the random component of a warm start, where the solver takes one.
 
@@ -97,7 +107,7 @@ class AdaptiveWarmup(Optimizer):
         self.estimator = SharpnessEstimator(optimizer, self.rule, hvp, estimator, probe_steps)
         self.prober = Prober(model, self.estimator, loss_fn)
         self.watch = GradientWatch(self._params())
-        self.controller = Controller(target=target, after=after, max_warmup=max_warmup)
+        self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence = Cadence(every=every, budget=budget)
         self.counts = checkpoint.Counts(method=METHODS.index(hvp))
         self.history = History()
@@ -134,7 +144,13 @@ class AdaptiveWarmup(Optimizer):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The values of the latest step, as the history has them."""
+        """The values of the latest step, plain Python scalars, as the history has them.
+
+        `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, measured at
+        probes and carried on between them; `sharpness`, `threshold`, `residual`: of the last probe, r₁·τ/η in the
+        optimizer's own coordinates (λ_max(H) for SGD), τ, and the residual relative to it; `hvps`, `probes`,
+        `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
+        """
         beside = ("scheduled_lr", "loss", "probed")
         return {name: value for name, value in zip(COLUMNS, self._row, strict=True) if name not in beside}
 
@@ -229,7 +245,8 @@ class AdaptiveWarmup(Optimizer):
         params = self._params()
         vector = self.estimator.vector or [torch.zeros_like(t) for t in locals_of(params)]
         by_param = dict(zip(params, vector, strict=True))
-        packed = checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param)
+        stateless = isinstance(self.base, SGD) or self.estimator.vector is not None
+        packed = checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param, stateless)
         if self._stepped:
             checkpoint.announce_vector(self.base, by_param)
             self._announced = True
@@ -401,6 +418,8 @@ class AdaptiveWarmup(Optimizer):
 
     def _begin_update(self, evaluation: Evaluation, params: list[Tensor]) -> None:
         if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
+            if self._graph_probe.passes:
+                raise RuntimeError(NO_RULE.format(name=type(self.base).__name__))
             return self._no_source()
         self._update = self.prober.before_update(evaluation, params)
         self.counts.rate = self._largest_rate()
@@ -409,8 +428,8 @@ class AdaptiveWarmup(Optimizer):
         """Raise at the first probe. One that has been made, or a batch that may be observed later, is worth waiting."""
         if self.counts.probes == 0 and self.prober.loss_fn is None:
             raise RuntimeError(NO_SOURCE)
-        if self.counts.probes == 0 and self.counts.steps >= PATIENCE:
-            self._warn(NO_SOURCE)
+        if self.counts.probes == 0 and self.counts.steps == PATIENCE:
+            warn(NOT_OBSERVED)
 
     def _measure_update(self) -> None:
         """The reading for the next step, where the rule is not known: along the update just made."""
@@ -462,7 +481,7 @@ class AdaptiveWarmup(Optimizer):
         kind = reason.split(":")[0]
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"warmctl: a probe failed, the learning rate is held: {reason}", RuntimeWarning, stacklevel=4)
+            warn(f"warmctl: a probe failed, the learning rate is held: {reason}")
 
     def _publish(
         self,

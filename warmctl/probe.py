@@ -35,6 +35,7 @@ NOT_REPLAYABLE = (
     "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn "
     "and call opt.observe(batch) before opt.step()."
 )
+LOSS_FN = "loss_fn failed: it must run the model itself, as lambda model, batch: criterion(model(batch[0]), batch[1])"
 EXACT, CLOSE = 1.0, 0.5
 """How a repeated gradient compares with that of the step: the same, or the same but for clipping or a small term."""
 Result = TypeVar("Result")
@@ -223,13 +224,19 @@ class Prober:
             loss_fn = self.loss_fn
 
             def closure() -> Tensor:
-                value = loss_fn(self.model, batch)
+                value = self._loss_of(loss_fn, batch)
                 check_loss(value)
                 value.backward()  # type: ignore[no-untyped-call]
                 return value
 
             return self._replay(closure, params, random_state), None, 1.0
         return self._captured(present, params)
+
+    def _loss_of(self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+        try:
+            return loss_fn(self.model, batch)
+        except (TypeError, AttributeError) as error:
+            raise type(error)(f"{LOSS_FN} ({error})") from error
 
     def _captured(self, present: Vector | None, params: list[Tensor]) -> tuple[Replay, Vector | None, float] | None:
         """The model's own loss. The first time, its gradient must be that of the step: a loop may add other terms."""
