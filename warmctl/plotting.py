@@ -198,7 +198,7 @@ def _draw_ratio(axis: Axes, runs: list[_Run]) -> None:
         axis.plot(run.steps[probed], ratio[probed], "o", ms=size, mew=0, gid="probes", **look)
     found = np.concatenate(values)
     measured = len(found) > len(values[0])
-    _limits(axis, min(max(found.min(), 0.01), 0.3), max(found.max(), 1.8), True)
+    _limits(axis, min(max(found.min(), 0.001), 0.3), max(found.max(), 1.8), True)
     axis.axhline(1.0, color=INK, linewidth=1.0, zorder=1.5, gid="edge")
     axis.axhspan(1.0, axis.get_ylim()[1], color="#000000", alpha=0.045, linewidth=0, zorder=0)
     for target in targets:
@@ -222,7 +222,7 @@ def _draw_rate(axis: Axes, runs: list[_Run]) -> None:
         if np.isfinite(scheduled).any():
             colour = MUTED if shared else run.colour
             curve = _thin(run.steps, scheduled)
-            axis.plot(*curve, color=colour, linewidth=1, linestyle=DASHES, zorder=1.9, gid="scheduled")
+            axis.plot(*curve, color=colour, linewidth=1, linestyle=DASHES, zorder=4, gid="scheduled")
     found = np.concatenate(values)
     found = found[np.isfinite(found) & (found > 0)]
     if not len(found):
