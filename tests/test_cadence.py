@@ -129,3 +129,12 @@ def test_restart_probes_at_once_and_keeps_the_budget() -> None:
     cadence.restart()
     assert cadence.state.tokens == tokens
     assert cadence.due(1.0, 1.0, 2.0, False) == "first"
+
+
+def test_a_probe_dearer_than_the_burst_is_saved_up_for() -> None:
+    cadence, probes = Cadence(), 0
+    for _ in range(2000):
+        if cadence.due(1.0, 1.0, 24.0, False):
+            cadence.probed(24.0, 1.0)
+            probes += 1
+    assert probes > 1

@@ -286,3 +286,9 @@ def test_controller_and_cadence_import_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_release_never_raises_a_rate_that_was_never_measured() -> None:
+    controller = Controller(after="release")
+    scales = [controller.update(1.0).scale for _ in range(PATIENT_STEPS + 300)]
+    assert controller.phase == "done" and set(scales) == {UNMEASURED}

@@ -444,3 +444,9 @@ def test_a_local_counter_is_not_mistaken_for_one_of_batch_norm(method: str) -> N
 
     product = HessianOperator(loss, [w], method).matvec([torch.ones(3)])
     torch.testing.assert_close(product[0], torch.tensor([0.0, 12.0, 18.0]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_product_with_nan_is_nan() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    operator = HessianOperator(lambda: p.square().sum(), [p], "finite_difference")
+    assert operator.matvec([torch.full((3,), float("nan"))])[0].isnan().all()

@@ -58,7 +58,7 @@ def test_it_is_an_optimizer_that_shares_all_state_with_its_base() -> None:
 
 def test_repr_names_the_base_and_the_phase() -> None:
     text = repr(wrapped(optimizer_class=torch.optim.AdamW)[1])
-    assert text.startswith("AdaptiveWarmup(AdamW (") and "phase='warmup'" in text
+    assert text.startswith("AdaptiveWarmup(AdamW,") and "phase='warmup'" in text
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -71,7 +71,8 @@ class Cadence:
         """
         s = self.state
         s.age += 1
-        s.tokens = min(s.tokens + self.budget * gradients * (GUARD_SHARE if guarding else 1.0), BURST)
+        earned = self.budget * gradients * (GUARD_SHARE if guarding else 1.0)
+        s.tokens = min(s.tokens + earned, max(BURST, cost + RESERVE))  # enough for one probe, however dear
         event = self._event(loss, norm)
         since = s.age - s.last_probe
         if s.last_probe < 0:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warmctl.replay import RandomState
+from warmctl.replay import RandomState, measuring
 
 SCALED = 4096.0
 """A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
@@ -26,7 +26,7 @@ def find_loss(output: Any) -> Tensor | None:
     if isinstance(loss, Tensor):
         return loss if loss.numel() == 1 and loss.requires_grad else None
     items = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
-    scalars = [t for t in items if isinstance(t, Tensor) and t.numel() == 1 and t.requires_grad]
+    scalars = [t for t in items if isinstance(t, Tensor) and t.ndim == 0 and t.requires_grad]
     return scalars[0] if len(scalars) == 1 else None
 
 
@@ -35,7 +35,10 @@ def loss_scale(loss: Tensor) -> Tensor:
     factor = getattr(loss.grad_fn, "_saved_other", None) if type(loss.grad_fn).__name__ == "MulBackward0" else None
     if not isinstance(factor, Tensor) or factor.numel() != 1:
         return torch.ones(())
-    return torch.where(factor.detach() >= SCALED, factor.detach(), 1.0).reshape(())
+    factor = factor.detach().float()
+    # A GradScaler's factors are powers of two; a small one is not, that a user gave his loss a weight of 2 or 4.
+    scaled = (factor >= SCALED) | ((factor >= 16.0) & (torch.frexp(factor).mantissa == 0.5))
+    return torch.where(scaled, factor, 1.0).reshape(())
 
 
 class ModelCapture:
@@ -47,12 +50,14 @@ class ModelCapture:
             average of n. More than one means gradient accumulation.
         loss: the value of the last of these, detached.
         trained_on: whether there were such passes at the last step; a loop may ignore the model's loss.
+        bare: the model returned nothing else; that may be a prediction.
+        scaled: a gradient scaler multiplies the loss, by however little: the weights are no part of the step's.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list[Any] = []
-        self.enabled, self.trained_on = True, True
+        self.enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
         self.forwards = 0
         self.clear()
 
@@ -113,10 +118,10 @@ class ModelCapture:
     def weight(self) -> float:
         """The sum of `weights`, or 1 where a gradient scaler has multiplied them."""
         total = float(torch.stack([w.double().sum() for w in self.weights]).sum())
-        return 1.0 if total >= SCALED else total
+        return 1.0 if self.scaled or total >= SCALED else total
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.enabled or not torch.is_grad_enabled():
+        if not self.enabled or measuring() or not torch.is_grad_enabled():
             return
         devices = list(dict.fromkeys(p.device for p in self.model.parameters()))
         autocast = [
@@ -133,12 +138,12 @@ class ModelCapture:
         self._pending = None
         loss = find_loss(output)
         if loss is not None:
-            self.forwards += 1
+            self.forwards, self.bare = self.forwards + 1, isinstance(output, Tensor)
             value, hook = loss.detach(), _Hook(self, "_trained")
             loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
-        if self.enabled:
+        if self.enabled and not measuring():
             self._call, self.random_state, self.loss = call, state, loss
             self.weights.append(gradient.detach())
 
@@ -149,10 +154,10 @@ class ModelCapture:
         self.load_state_values(values)
 
     def state_values(self) -> list[float]:
-        return [float(self.enabled), float(self.trained_on)]
+        return [float(self.enabled), float(self.trained_on), float(self.scaled)]
 
     def load_state_values(self, values: list[float]) -> None:
-        self.enabled, self.trained_on = bool(values[0]), bool(values[1])
+        self.enabled, self.trained_on, self.scaled = map(bool, values)
         if not self.enabled:
             self.remove()
 
@@ -164,6 +169,8 @@ class _Hook:
         self.capture, self.method = (lambda: None) if capture is None else weakref.ref(capture), method
 
     def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():  # a part of the graph otherwise
+            return
         capture = self.capture()
         if capture is not None:
             getattr(capture, self.method)(*args)

@@ -54,9 +54,12 @@ def announce_vector(optimizer: Optimizer, vector: dict[Tensor, Tensor]) -> None:
     """Put the vector beside the live moments until the next step, for formats that read the names of what to restore
     there (torch.distributed.checkpoint with flatten_optimizer_state_dict=True).
 
-    Only after a first step: most optimizers take an entry that is not empty for one that they have set up.
+    Only after a first step, and not alone: see `pack`.
     """
+    stateless = not any(optimizer.state.values())
     for p, part in vector.items():
+        if not (stateless or optimizer.state.get(p)):
+            continue
         optimizer.state[p][VECTOR] = _like(p, part)
 
 

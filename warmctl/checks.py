@@ -31,8 +31,8 @@ def wrapped(optimizer: Any, model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any("lr" not in group for group in optimizer.param_groups):
-        raise ValueError(f"every parameter group of {type(optimizer).__name__} must have an 'lr' to scale")
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(f"every parameter group of {type(optimizer).__name__} must have an 'lr' to scale, not None")
     held = [p for group in optimizer.param_groups for p in group["params"]]
     owned = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in owned for p in held)
@@ -94,12 +94,12 @@ def closure(closure: Any) -> None:
 
 
 def returned_loss(loss: Any, has_gradient: bool, new_gradient: bool) -> None:
-    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step altogether is let through.
+    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step is let through.
 
     Args:
         has_gradient: a parameter has a gradient now; new_gradient: it is not the one from before the closure.
     """
-    if isinstance(loss, Tensor) and loss.requires_grad and not new_gradient:
+    if isinstance(loss, Tensor) and loss.requires_grad and not new_gradient and bool(loss.detach().isfinite().all()):
         raise RuntimeError("the closure returned a loss but did not call loss.backward() on it")
     if not has_gradient or (loss is None and not new_gradient):
         return

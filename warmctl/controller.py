@@ -129,7 +129,7 @@ class Controller:
     @property
     def moving(self) -> bool:
         """Whether the scale still changes although warmup is done."""
-        return self.phase == "done" and self.after == "release" and self.state.scale < 1.0
+        return self.phase == "done" and self.after == "release" and self.state.scale < 1.0 and self.state.readings > 0
 
     def restart(self) -> None:
         """Begin warmup again from the next reading."""

@@ -256,7 +256,8 @@ class SharpnessEstimator:
         if self.rule.preconditioner is not None:
             gradient = [dense_gradient(p) for p in params]
             largest = max((float(g.abs().max()) for g in gradient if g.numel()), default=0.0)
-            torch._foreach_mul_(root, significant(gradient, distributed.largest(largest, root[0].device)))
+            for r, kept in zip(root, significant(gradient, distributed.largest(largest, root[0].device)), strict=True):
+                r.masked_fill_(kept == 0, 0.0)  # not times 0: without an eps it may be infinite there
         sign = -1.0 if self.optimizer.param_groups[0].get("maximize", False) else 1.0
         return root, shift, sign
 

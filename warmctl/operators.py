@@ -221,8 +221,8 @@ class HessianOperator:
             self.gradient = self._gradient()
         shards = [local(p.data) for p in self.params]  # .data: graphs that saved these parameters stay valid
         step = self._step(shards, vector if scale is None else list(torch._foreach_mul(vector, scale)))
-        if step == 0.0:
-            return [torch.zeros_like(v) for v in vector]
+        if step == 0.0 or math.isnan(step):
+            return [torch.full_like(v, step) for v in vector]
         snapshot = [s.clone() for s in shards]
         try:
             _move(shards, vector, scale, step)
@@ -246,7 +246,9 @@ class HessianOperator:
             self._size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
         precision = self.replay.precision / torch.finfo(torch.float32).eps
         step = min(self.step * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
-        return step / length if math.isfinite(length) and length > 0.0 else 0.0
+        if length == 0.0:
+            return 0.0
+        return step / length if math.isfinite(length) else math.nan
 
     def _gradient(self) -> Vector:
         self.cost += 1.0

@@ -171,7 +171,8 @@ class AdaptiveWarmup(Optimizer):
         getattr(self.base, "eval", lambda: None)()
 
     def __repr__(self) -> str:
-        return f"AdaptiveWarmup({self.base!r}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        name = type(self.base).__name__
+        return f"AdaptiveWarmup({name}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
 
     # What the user calls
 
@@ -193,7 +194,7 @@ class AdaptiveWarmup(Optimizer):
             checkpoint.withdraw_vector(self.base, self._all_params())
             self._announced = False
         skipped = "found_inf" in self.__dict__ and lend_scaler(
-            self, self.base, [] if self.phase == "done" else self._params()
+            self, self.base, [] if self.phase == "done" else self._all_params()
         )
         result: Any
         try:
@@ -243,7 +244,9 @@ class AdaptiveWarmup(Optimizer):
         It is larger than the former by one parameter-sized vector, the eigenvector.
         """
         params = self._params()
-        vector = self.estimator.vector or [torch.zeros_like(t) for t in locals_of(params)]
+        vector, shapes = self.estimator.vector, locals_of(params)
+        if vector is None or [v.shape for v in vector] != [t.shape for t in shapes]:  # frozen or thawed since
+            vector = [torch.zeros_like(t) for t in shapes]
         by_param = dict(zip(params, vector, strict=True))
         stateless = isinstance(self.base, SGD) or self.estimator.vector is not None
         packed = checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param, stateless)
@@ -283,9 +286,11 @@ class AdaptiveWarmup(Optimizer):
     def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, a probe on the graph if one is wanted and nothing can be evaluated again."""
         probe = self._graph_probe
+        if probe.passes and not self._has_gradient():
+            probe.passes = 0  # the step of those passes was skipped
         probe.passes, probe.loss = probe.passes + 1, loss.detach() / loss_scale(loss)
-        measure = probe.wanted and probe.passes >= probe.passes_before and self.phase != "done"
-        measure = measure and self.rule is not None and not self.prober.expects_source()
+        measure = probe.wanted and probe.passes == probe.passes_before and self._largest_rate() > 0.0
+        measure = measure and self.phase != "done" and self.rule is not None and not self.prober.expects_source()
         if measure:
             probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
         backward()

@@ -36,6 +36,8 @@ NOT_REPLAYABLE = (
     "and call opt.observe(batch) before opt.step()."
 )
 LOSS_FN = "loss_fn failed: it must run the model itself, as lambda model, batch: criterion(model(batch[0]), batch[1])"
+SCALED_BACK = 1e-3
+"""Relative distance from the unscaled loss's gradient, at which that of the step was scaled and scaled back."""
 EXACT, CLOSE = 1.0, 0.5
 """How a repeated gradient compares with that of the step: the same, or the same but for clipping or a small term."""
 Result = TypeVar("Result")
@@ -190,15 +192,12 @@ class Prober:
 
     def _guarded(self, work: Callable[[], Result]) -> Result | Measurement:
         """Nothing that goes wrong in `work` reaches training; what was spent until then is counted."""
-        recording, self.capture.enabled = self.capture.enabled, False
         self._evaluations = 0
         try:
             with self.around():
                 result = work()
         except Exception as error:
             return failed(first_line(error), float(self._evaluations))
-        finally:
-            self.capture.enabled = recording
         if isinstance(result, Measurement) and result.reason and not result.cost:
             return replace(result, cost=float(self._evaluations))
         return result
@@ -245,14 +244,21 @@ class Prober:
             return None
         replay = self._replay(closure, params, self.capture.random_state)
         single = len(self.capture.weights) == 1
-        if present is not None and single and self.closure_replays == EXACT:
+        held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
+        alone = all(id(p) in held for p in self.model.parameters() if p.requires_grad)
+        if present is not None and single and alone and self.closure_replays == EXACT:
             return replay, present, 1.0
         gradient = replay.gradient()[1]
         inner = distributed.inner_product(params)
         step = [dense_gradient(p) for p in params]
         reach, size = inner(step, gradient), inner(gradient, gradient)
+        weight = self.capture.weight()
+        if single and self.closure_replays < 0.0 and weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK:
+            self.capture.scaled = True
+            return self._captured(present, params)
         if single and self.closure_replays < 0.0:
-            alike = reach >= 0.99 * math.sqrt(size * inner(step, step))
+            # A prediction E, trained on by f(E), has the gradient f'(E)∇E, and f'(E) is the weight.
+            alike = not (self.capture.bare and weight != 1.0) and reach >= 0.99 * math.sqrt(size * inner(step, step))
             rest = add_([s.clone() for s in step], gradient, -1.0)
             exact = present is not None and inner(rest, rest) <= 1e-6 * size
             self.closure_replays = (EXACT if exact else CLOSE) if alike else 0.0

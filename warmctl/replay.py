@@ -92,6 +92,15 @@ class _NumpyState:
 _NUMPY = _NumpyState()
 
 
+_open = 0
+"""How many `no_trace` are open."""
+
+
+def measuring() -> bool:
+    """Whether what runs now is a measurement: its passes through a model are not those of training."""
+    return _open > 0
+
+
 @contextmanager
 def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[None]:
     """Put back `.grad`, buffers, random streams, train/eval mode and the autograd mode on leaving.
@@ -99,19 +108,24 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set
     aside.
     """
+    global _open
     random_state = RandomState({p.device for p in params})
-    grads = [p.grad for p in params]
+    others = module.parameters() if module is not None else ()  # another optimizer's: the closure clears them too
+    held = list({id(p): p for p in (*params, *others)}.values())
+    grads = [p.grad for p in held]
     shared = [(g, g.clone()) for g in grads if g is not None and g._is_view()]  # DDP reuses its buckets
     modules = list(module.modules()) if module is not None else []
     modes = [m.training for m in modules]
     buffers = [(m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     try:
-        for p in params:
+        _open += 1
+        for p in held:
             p.grad = None
         with torch.enable_grad():
             yield
     finally:
-        for p, grad in zip(params, grads, strict=True):
+        _open -= 1
+        for p, grad in zip(held, grads, strict=True):
             p.grad = grad
         for grad, value in shared:
             grad.data.copy_(value)

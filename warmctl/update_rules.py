@@ -4,10 +4,10 @@ With its coefficients held, an update is linear in the parameters and stable whi
 characteristic polynomial lies inside the unit circle. The first root to leave does so at z = −1, for every
 rule below and for any mix of rates and momenta over groups. Hence one symmetric eigenvalue decides:
 
-    stability ratio   r = λ_max(D^½ (H + c) D^½ + ηw/2),   D = η / (τ P q),   stable iff r < 1
+    stability ratio   r = λ_max(D^½ (H + c) D^½),   D = η / ((1 − ηw/2) τ P q),   stable iff r < 1
 
 with, group by group, η the learning rate, τ the `edge` of the rule, P its `preconditioner`, c and w its
-`coupled_decay` and `decoupled_decay`, q its `momentum_share`. Every term is proportional to η, so a common
+`coupled_decay` and `decoupled_decay`, q its `momentum_share`. But for ηw/2, which is small, a common
 factor on the rates is a factor on r. Where all groups have the same η and w, r = 1 reads
 
     η·λ_max(P^-½ (H + c) P^-½) = τ (1 − ηw/2) q

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Vector = list[Tensor]
+FLOAT_EPS = torch.finfo(torch.float32).eps
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def significant(gradient: Sequence[Tensor], largest: float | None = None) -> Vec
     """
     if largest is None:
         largest = max((float(g.abs().max()) for g in gradient if g.numel()), default=0.0)
-    return [(g.abs() > 4 * torch.finfo(g.dtype).eps * largest).to(g.dtype) for g in gradient]
+    return [(g.abs() > 4 * min(torch.finfo(g.dtype).eps, FLOAT_EPS) * largest).to(g.dtype) for g in gradient]
 
 
 @torch.no_grad()

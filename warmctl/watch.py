@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warmctl import checks
 from warmctl.probe import Evaluation
-from warmctl.replay import Closure, RandomState, intercept_backward
+from warmctl.replay import Closure, RandomState, intercept_backward, measuring
 from warmctl.vectors import local
 
 
@@ -64,7 +64,7 @@ class GradientWatch:
         return self.passes == 1 and self.holding
 
     def _accumulated(self, param: Tensor) -> None:
-        if param.grad is not None:
+        if param.grad is not None and not measuring():
             self.passes += 1
             if self.marking:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)
