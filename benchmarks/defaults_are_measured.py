@@ -526,8 +526,6 @@ def main(
 ) -> None:
     """Each default against the other choices there were, on the development problems."""
     torch.set_num_threads(1)
-    if not console.is_terminal:
-        console.width = 130
     steps = 150 if quick else 400
     development = [name for name, problem in PROBLEMS.items() if problem.split == "development"]
     if unknown := set(variant or ()) - set(VARIANTS):

@@ -398,8 +398,6 @@ COLUMNS = ("claim", "source", "setting", "expected", "measured", "tolerance", "o
 def main(quick: Quick = False) -> None:
     """Every published result with the figure that was expected beside the one that was measured."""
     torch.set_num_threads(1)
-    if not console.is_terminal:
-        console.width = 170
     size = SHORT if quick else FULL
     settings = {"quick": quick, **vars(size), "every": EVERY, "products": PRODUCTS}
     results = Results(NAME, settings, fresh=quick)

@@ -36,6 +36,8 @@ import warmctl
 RESULTS = Path(__file__).parent / "results"
 Quick = Annotated[bool, typer.Option("--quick", help="Under two minutes: fewer, shorter runs.")]
 console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 150  # a file has room for the tables
 
 
 @lru_cache

@@ -343,8 +343,6 @@ def main(
 ) -> None:
     """Final loss against peak rate: no warmup, six linear ones, four peers, and AdaptiveWarmup."""
     torch.set_num_threads(1)
-    if not console.is_terminal:
-        console.width = 110
     path = RESULTS / f"{NAME}{'-quick' if quick else ''}.jsonl"
     names = problem or list(QUICK_PROBLEMS if quick else LONG_PROBLEMS if long else PROBLEMS)
     if unknown := set(names) - set(PROBLEMS):
