@@ -198,7 +198,11 @@ class Raw(SharpnessEstimator):
 
 
 class NoEvents(Cadence):
-    """Probes by the clock alone."""
+    """Probes by the clock alone, and no shorter steps."""
+
+    @property
+    def surprise(self) -> float:
+        return 1.0
 
     def _event(self, loss: float, norm: float) -> str:
         super()._event(loss, norm)
@@ -215,31 +219,12 @@ class LateProbes(Cadence):
         return event
 
 
-class Shortening(Cadence):
-    """An event also calls for a shorter step, by as much as the gradient norm stands out of its average."""
+class NoShortening(Cadence):
+    """An event calls for a probe, but does not shorten the step."""
 
-    surprise = 1.0
-
-    def _event(self, loss: float, norm: float) -> str:
-        average = self.state.norm
-        event = super()._event(loss, norm)
-        self.surprise = norm / math.exp(average) if "norm" in event else 1.0
-        return event
-
-
-class Shortened(AdaptiveWarmup):
-    """Shortens the step at an event: to a tenth at most, and back by a tenth a step, as momentum forgets."""
-
-    shortening = 1.0
-
-    def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
-        super().__init__(optimizer, model, **options)
-        self.cadence.__class__ = Shortening
-
-    def _scale_rates(self, scale: float) -> None:
-        allowed = 4.0 if self.controller.state.forecast * scale * self._largest_rate() < 0.05 else 2.0
-        self.shortening = min(1.1 * self.shortening, max(allowed / self.cadence.surprise, 0.1), 1.0)
-        super()._scale_rates(scale * self.shortening)
+    @property
+    def surprise(self) -> float:
+        return 1.0
 
 
 class BatchAware(SharpnessEstimator):
@@ -267,12 +252,14 @@ class Cap(Controller):
 
     cap = math.inf
 
-    def update(self, rate: float, reading: Reading | None = None, losing: bool = False) -> Decision:
+    def update(
+        self, rate: float, reading: Reading | None = None, losing: bool = False, surprise: float = 1.0
+    ) -> Decision:
         warm = self.phase == "warmup"
         if not warm:
             self.state.scale = min(1.0, self.cap / rate)
         before = self.state.scale
-        decision = super().update(rate, reading, losing)
+        decision = super().update(rate, reading, losing, surprise)
         if self.phase != "warmup" and (warm or self.state.scale < before):
             self.cap = self.state.scale * rate
         return decision
@@ -336,7 +323,7 @@ VARIANTS = {
     "every step": Variant("cadence", {"every": 1}),
     "no events": Variant("cadence", parts={"cadence": NoEvents}, quick=True),
     "events probe the next batch": Variant("cadence", parts={"cadence": LateProbes}),
-    "events shorten the step too": Variant("cadence", wrapper=Shortened, quick=True),
+    "events do not shorten": Variant("cadence", parts={"cadence": NoShortening}, quick=True),
     "double backward": Variant("products", {"hvp": "double_backward"}, quick=True),
     "1 product (fresh quotient)": Variant("products", {"probe_steps": 1}, quick=True),
     "3 products (Krylov)": Variant("products", {"probe_steps": 3}),

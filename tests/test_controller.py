@@ -292,3 +292,15 @@ def test_release_never_raises_a_rate_that_was_never_measured() -> None:
     controller = Controller(after="release")
     scales = [controller.update(1.0).scale for _ in range(PATIENT_STEPS + 300)]
     assert controller.phase == "done" and set(scales) == {UNMEASURED}
+
+
+def test_a_surprising_gradient_near_the_edge_shortens_the_step_for_a_while() -> None:
+    near, far, wild = Controller(), Controller(), Controller()
+    for controller, ratio, surprise in ((near, 0.4, 3.0), (far, 0.004, 3.0), (wild, 0.4, 1e6)):
+        assert controller.update(1.0, Reading(ratio)).scale == 1.0
+        controller.update(1.0, surprise=surprise)
+    assert near.applied == pytest.approx(2 / 3)
+    assert far.applied == 1.0
+    assert wild.applied == pytest.approx(0.1)
+    scales = [wild.update(1.0).scale for _ in range(20)]
+    assert scales[1] == pytest.approx(1.4**2 * 0.1) and scales[-1] == 1.0

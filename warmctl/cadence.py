@@ -37,6 +37,7 @@ class CadenceState(FloatState):
     age: float = 0.0
     last_probe: float = -1.0
     gap: float = 1.0
+    surprise: float = 1.0
     norm: float = math.nan
     norm_spread: float = 0.2
     loss: float = math.nan
@@ -86,6 +87,11 @@ class Cadence:
         return "clock" if due else ""
 
     @property
+    def surprise(self) -> float:
+        """The last gradient norm over its average before, if that was an event, else 1."""
+        return self.state.surprise
+
+    @property
     def losing(self) -> bool:
         """Whether the average loss has risen from its lowest by more than `LOSING` mean deviations."""
         s = self.state
@@ -107,12 +113,14 @@ class Cadence:
         """Why this step stands out, or ""; then take it into the averages."""
         s = self.state
         events = []
+        s.surprise = 1.0
         if 0.0 < norm < math.inf:
             log_norm = math.log(norm)
             if math.isnan(s.norm):
                 s.norm = log_norm
             if log_norm - s.norm > NORM_EVENT * max(s.norm_spread, NORM_SPREAD):
                 events.append("gradient norm")
+                s.surprise = math.exp(log_norm - s.norm)
             s.norm, s.norm_spread = _follow(s.norm, s.norm_spread, log_norm)
         if math.isfinite(loss):
             if math.isnan(s.loss):

@@ -11,6 +11,8 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
   beyond the scale of the last reading, and not while the loss is losing ground.
 * Curvature is not all that limits an early step (Kosson et al. 2024, arXiv 2410.23922): the relative change of the
   weights by a step is let grow by a constant a step.
+* A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
+  shortened in proportion, and lengthens again within a few steps.
 * An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
   way back from a cut. The scale is kept then, so that the user's decay keeps its shape.
 """
@@ -40,6 +42,10 @@ EVIDENCE = 4.0
 """Largest scale over that of the last reading."""
 RAMP = 0.002
 """Growth a step of the relative change of the weights that a step may make."""
+SURPRISE, SURPRISE_FAR, NEAR = 2.0, 4.0, 0.1
+"""A norm so many times its average shortens the step: where the ratio is so near target, and where farther off."""
+SHORTEST, RECOVERY = 0.1, 1.4
+"""Least shortening, and the way back a step."""
 PATIENT_STEPS = 1000
 """Steps after which warmup ends without a single successful probe, at the scale `UNMEASURED`."""
 RELEASE_GROWTH = 1.05
@@ -100,6 +106,7 @@ class ControllerState(FloatState):
     share: float = 1.0
     relative_update: float = 0.0
     probed_scale: float = 0.0
+    shortening: float = 1.0
     age: float = 0.0
     readings: float = 0.0
     probes: float = 0.0
@@ -127,6 +134,11 @@ class Controller:
         return PHASES[int(self.state.phase)]
 
     @property
+    def applied(self) -> float:
+        """The scale of the last step: the controller's, shortened where that step's gradient called for it."""
+        return self.state.scale * self.state.shortening
+
+    @property
     def moving(self) -> bool:
         """Whether the scale still changes although warmup is done."""
         return self.phase == "done" and self.after == "release" and self.state.scale < 1.0 and self.state.readings > 0
@@ -135,16 +147,20 @@ class Controller:
         """Begin warmup again from the next reading."""
         self.state = ControllerState()
 
-    def update(self, rate: float, reading: Reading | None = None, losing: bool = False) -> Decision:
+    def update(
+        self, rate: float, reading: Reading | None = None, losing: bool = False, surprise: float = 1.0
+    ) -> Decision:
         """Decide the coming step.
 
         Args:
             rate: the scheduled learning rate, above 0; only its ratios between steps matter.
             reading: if a probe was made for this step.
             losing: the running average of the loss is above its lowest by more than its noise.
+            surprise: gradient norm of this step over its running average if that is an event, else 1.
         """
         s = self.state
         s.age += 1
+        s.shortening = min(1.0, s.shortening * RECOVERY)
         if self.phase == "done":
             s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
             return self._decision(rate)
@@ -158,7 +174,11 @@ class Controller:
         if math.isnan(s.forecast):
             return self._end(rate)
         carried = self.target * s.share / max(s.forecast * rate, 1e-30)
-        return self._end(rate, self._move(carried, rate, reading, losing))
+        reason = self._move(carried, rate, reading, losing)
+        allowed = SURPRISE if s.scale > NEAR * carried else SURPRISE_FAR
+        if surprise > allowed:
+            s.shortening = min(s.shortening, max(allowed / surprise, SHORTEST))
+        return self._end(rate, reason)
 
     def _forecast(self, reading: Reading, rate: float) -> float:
         """Rising counts at once; a fall counts half in log, and as one of two decades at most.
@@ -232,5 +252,5 @@ class Controller:
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state
-        ratio = s.scale * s.forecast * rate
-        return Decision(s.scale, self.phase, ratio, ratio / (self.target * s.share), reason)
+        ratio = self.applied * s.forecast * rate
+        return Decision(self.applied, self.phase, ratio, ratio / (self.target * s.share), reason)

@@ -358,7 +358,7 @@ class AdaptiveWarmup(Optimizer):
         if broken:
             reading = Reading(math.nan, reason="the loss or its gradient is not finite")
         was = self.phase
-        decision = self.controller.update(rate, reading, self.cadence.losing)
+        decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
         if self.phase != was:
@@ -439,7 +439,7 @@ class AdaptiveWarmup(Optimizer):
     def _measure_update(self) -> None:
         """The reading for the next step, where the rule is not known: along the update just made."""
         if self._update is not None:
-            scale = self.controller.state.scale if self.control else 1.0
+            scale = self.controller.applied if self.control else 1.0
             update = self._update
             found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
             self._reading = self._account(found)
@@ -498,7 +498,7 @@ class AdaptiveWarmup(Optimizer):
     ) -> None:
         """Keep the row of this step, in the order of `COLUMNS`."""
         counts, last = self.counts, self.last
-        scale = self.controller.state.scale if self.control else 1.0
+        scale = self.controller.applied if self.control else 1.0
         scheduled = self._rates.scheduled(self.param_groups)
         steps, overhead = int(counts.steps), counts.cost / max(counts.gradients, 1.0)
         sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
