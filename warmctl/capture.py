@@ -36,7 +36,7 @@ def loss_scale(loss: Tensor) -> Tensor:
     if not isinstance(factor, Tensor) or factor.numel() != 1:
         return torch.ones(())
     factor = factor.detach().float()
-    # A GradScaler's factors are powers of two; a small one is not, that a user gave his loss a weight of 2 or 4.
+    # A GradScaler's factors are powers of two; below 16 they are taken for a weight that the user gave the loss.
     scaled = (factor >= SCALED) | ((factor >= 16.0) & (torch.frexp(factor).mantissa == 0.5))
     return torch.where(scaled, factor, 1.0).reshape(())
 
