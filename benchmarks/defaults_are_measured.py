@@ -265,6 +265,17 @@ class Cap(Controller):
         return decision
 
 
+class NoReturn(Controller):
+    """Guard only cuts: nothing that was cut after warmup comes back."""
+
+    def update(
+        self, rate: float, reading: Reading | None = None, losing: bool = False, surprise: float = 1.0
+    ) -> Decision:
+        decision = super().update(rate, reading, losing, surprise)
+        self.state.settled = min(self.state.settled, self.state.scale if self.phase != "warmup" else math.inf)
+        return decision
+
+
 # -- the list -----------------------------------------------------------------------------------------------
 
 
@@ -329,6 +340,7 @@ VARIANTS = {
     "3 products (Krylov)": Variant("products", {"probe_steps": 3}),
     "5 products (Krylov)": Variant("products", {"probe_steps": 5}),
     "raw: one P for all": Variant("coordinates", parts={"estimator": Raw}, adam_only=True, quick=True),
+    "guard only cuts": Variant("after", parts={"controller": NoReturn}),
     "hold": Variant("after", {"after": "hold"}),
     "release": Variant("after", {"after": "release"}),
     "absolute cap": Variant("after", parts={"controller": Cap}, quick=True),

@@ -182,7 +182,7 @@ def test_without_any_reading_the_scale_is_held_low_and_warmup_ends_in_the_end() 
         decision = controller.update(1.0, Reading(math.nan, reason="no"))
     assert (decision.scale, decision.phase) == (UNMEASURED, "guard")
     assert math.isnan(decision.ratio) and "no probe succeeded" in decision.reason
-    assert controller.update(1.0, Reading(0.01)).scale == UNMEASURED  # guard only cuts
+    assert controller.update(1.0, Reading(0.01)).scale == UNMEASURED  # guard leads no higher
 
 
 def test_warmup_ends_although_probes_begin_to_fail() -> None:
@@ -228,14 +228,26 @@ def test_noisy_readings_are_averaged_both_ways() -> None:
     assert controller.state.share == pytest.approx(4.0)
 
 
-def test_guard_only_cuts() -> None:
+def test_guard_cuts_and_comes_back_to_where_warmup_ended() -> None:
     controller = Controller()
     while controller.phase == "warmup":
         controller.update(1.0, Reading(1.0))
+    age = int(controller.state.age)
     assert controller.update(1.0, Reading(4.0)).scale == pytest.approx(0.125)
-    for _ in range(50):
-        decision = controller.update(1.0, Reading(0.01))
-    assert decision.scale == pytest.approx(0.125)
+    assert controller.update(1.0, Reading(math.nan, reason="no")).scale == pytest.approx(0.125)
+    scales = [controller.update(1.0, Reading(0.8)).scale for _ in range(4 * age)]
+    assert 0.125 < scales[age] < 0.5  # as slowly as in warmup: about fourfold when the age has become fourfold
+    assert scales[-1] == pytest.approx(0.5) == max(scales)  # the landscape would carry more
+    assert controller.phase == "guard"
+
+
+def test_guard_stays_where_the_landscape_carries_no_more() -> None:
+    controller = Controller()
+    while controller.phase == "warmup":
+        controller.update(1.0, Reading(1.0))
+    for _ in range(200):
+        decision = controller.update(1.0, Reading(2.0))
+    assert decision.scale == pytest.approx(0.25)
 
 
 @given(seed=st.integers(0, 10_000), level=st.floats(0.1, 20.0))

@@ -23,11 +23,12 @@ from problems_closed_form import (
     unflat,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from warmctl.eigen import lanczos
 from warmctl.operators import METHODS, HessianOperator, ScaledOperator
 from warmctl.replay import Replay
-from warmctl.vectors import dot, random_like
+from warmctl.vectors import dot, gathered, random_like, squares
 
 EXACT = ["double_backward", "forward_over_reverse"]
 
@@ -450,3 +451,10 @@ def test_a_product_with_nan_is_nan() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     operator = HessianOperator(lambda: p.square().sum(), [p], "finite_difference")
     assert operator.matvec([torch.full((3,), float("nan"))])[0].isnan().all()
+
+
+def test_sums_stay_in_float32_where_the_device_has_no_float64() -> None:
+    with FakeTensorMode():
+        vector = [torch.empty(3, device="mps"), torch.empty(2, 2, device="mps", dtype=torch.float16)]
+        assert squares(vector).dtype == gathered([t.sum() for t in vector]).dtype == torch.float32
+        assert squares([t.cpu() for t in vector]).dtype == torch.float64

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from warmctl.replay import RandomState, measuring
+from warmctl.vectors import wide
 
 SCALED = 4096.0
 """A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
@@ -117,7 +118,7 @@ class ModelCapture:
 
     def weight(self) -> float:
         """The sum of `weights`, or 1 where a gradient scaler has multiplied them."""
-        total = float(torch.stack([w.double().sum() for w in self.weights]).sum())
+        total = float(torch.stack([wide(w).sum() for w in self.weights]).sum())
         return 1.0 if self.scaled or total >= SCALED else total
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -14,7 +14,8 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
 * A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
   shortened in proportion, and lengthens again within a few steps.
 * An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
-  way back from a cut. The scale is kept then, so that the user's decay keeps its shape.
+  way back from a cut. The scale is kept then, so that the user's decay keeps its shape. Guard still cuts it, and lets
+  it come back to there: what one batch asked for need not be for good.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ class ControllerState(FloatState):
     highest_scale: float = 0.0
     highest_age: float = 0.0
     highest_probes: float = 0.0
+    settled: float = math.inf
 
 
 class Controller:
@@ -197,18 +199,18 @@ class Controller:
     def _move(self, carried: float, rate: float, reading: Reading | None, losing: bool) -> str:
         """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
 
-        Guard only cuts, and only on a reading.
+        Once warmup has ended, up means no higher than the scale that it ended with.
         """
         s = self.state
         first = reading is not None and s.readings == 1 and self.phase == "warmup"
         slack = self._overshoot(reading)
         before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
-        limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else math.inf)
+        limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else s.settled)
         if first:
             s.scale = max(limit, FLOOR)
         elif reading is not None and carried * slack < s.scale:
             s.scale = max(carried, FLOOR)
-        elif self.phase == "warmup" and limit > s.scale and not losing:
+        elif limit > s.scale and not losing:
             power = max(1.0, DECADE_POWER * math.log10(carried / s.scale))
             grown = s.scale * (s.age / max(s.age - 1, 1.0)) ** power
             s.scale = max(s.scale, min(limit, grown, EVIDENCE * s.probed_scale))
@@ -228,7 +230,7 @@ class Controller:
         if self.phase == "warmup":
             why = self._settled(rate)
             if why:
-                s.phase = 1.0 if self.after == "guard" else 2.0
+                s.settled, s.phase = s.scale, 1.0 if self.after == "guard" else 2.0
                 reason = f"warmup ended: {why}"
         return self._decision(rate, reason)
 

@@ -68,8 +68,8 @@ class AdaptiveWarmup(Optimizer):
         estimator: "lanczos" (from cold; then, with two products, Rayleigh–Ritz on the tracked eigenvector and the
             coming step) or "power".
         probe_steps: Hessian-vector products per probe; twice as many at the first.
-        after: when warmup has ended, "guard" goes on with sparse probes that can only cut the scale, "hold" keeps it,
-            "release" returns to the schedule.
+        after: when warmup has ended, "guard" goes on with sparse probes, which can cut the scale and let it come back
+            to what it was then; "hold" keeps it, "release" returns to the schedule.
         control: False only monitors: the trajectory is bitwise that of the bare optimizer. Phases and cadence are those
             of a controlled run; `every=10` with `after="guard"` measures evenly.
         max_warmup: steps after which warmup ends in any case.

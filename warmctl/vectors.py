@@ -33,19 +33,24 @@ def dense_gradient(param: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or float32 on Apple's GPUs, which have no more."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float] | None = None) -> float:
     """Σ_i wᵢ aᵢ·bᵢ as a float; each tensor is summed in its dtype, at least float32, the sum in float64."""
     if not a:
         return 0.0
     total = squares(a) if a is b or all(map(operator.is_, a, b)) else _products(a, b)
     if weights is not None:
-        total = total * torch.tensor(weights, dtype=torch.float64, device=total.device)
+        total = total * torch.tensor(weights, dtype=total.dtype, device=total.device)
     return float(total.sum())
 
 
 @torch.no_grad()
 def squares(a: Sequence[Tensor]) -> Tensor:
-    """aᵢ·aᵢ, float64 of shape (len(a),), by one pass over each tensor: half the cost of a product."""
+    """aᵢ·aᵢ, `wide` of shape (len(a),), by one pass over each tensor: half the cost of a product."""
     if any(dtype.itemsize < 4 for dtype in {x.dtype for x in a}):
         return _products(a, a)
     return gathered(torch._foreach_norm(list(a))).square()
@@ -57,10 +62,10 @@ def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def gathered(scalars: Sequence[Tensor]) -> Tensor:
-    """Scalars of any dtypes and devices as one float64 tensor where the first is."""
+    """Scalars of any dtypes and devices as one `wide` tensor where the first is."""
     if len({s.dtype for s in scalars}) > 1 or len({s.device for s in scalars}) > 1:
-        scalars = [s.to(scalars[0].device, torch.float64) for s in scalars]
-    return torch.stack(list(scalars)).double()
+        scalars = [wide(s.to(scalars[0].device)) for s in scalars]
+    return wide(torch.stack(list(scalars)))
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
