@@ -135,6 +135,19 @@ def test_the_schedule_scales_the_forecast() -> None:
     assert decision.ratio == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("phase", ["warmup", "guard"])
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_a_rising_schedule_is_held_between_readings(phase: str, tolerant: bool) -> None:
+    controller = Controller()
+    while (decision := controller.update(0.1, Reading(0.3, tolerant=tolerant))).phase != phase or decision.scale < 1.0:
+        pass
+    assert not controller.rising(0.1) and controller.rising(0.2)
+    assert controller.update(0.15).scale == pytest.approx(1.0)
+    edge = 1.0 if tolerant else 0.5
+    assert controller.update(1.0).scale == pytest.approx(0.5 / 3.0)
+    assert controller.update(0.99 * edge / 0.5).ratio <= edge
+
+
 def test_momentum_that_is_still_filling_lowers_the_limit() -> None:
     assert Controller().update(1.0, Reading(1.0, share=0.1)).scale == pytest.approx(0.05)
 
@@ -279,6 +292,14 @@ def test_state_round_trip_continues_identically() -> None:
     two = Controller()
     two.state.load_state_values(one.state.state_values())
     assert [one.update(1.0, r) for r in readings[50:]] == [two.update(1.0, r) for r in readings[50:]]
+
+
+@pytest.mark.parametrize("reading", [Reading(math.nan, reason="no"), Reading(0.45), None])
+def test_a_surprise_shortens_the_step_whatever_became_of_its_probe(reading: Reading | None) -> None:
+    controller = Controller()
+    for _ in range(50):
+        controller.update(1.0, Reading(0.45))
+    assert controller.update(1.0, reading, surprise=50.0).scale == pytest.approx(0.1)
 
 
 def test_restart_begins_again() -> None:

@@ -173,6 +173,65 @@ def test_passes_of_a_skipped_step_do_not_count() -> None:
     assert run(3) == pytest.approx(run(0), rel=0.05)  # not four times it
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_captured_passes_of_a_skipped_step_do_not_count(batches: int) -> None:
+    def run(skipped: int) -> float:
+        model = Own()
+        opt = AdaptiveWarmup(SGD(model.parameters(), 1e-3), model, control=False, every=1)
+        for step in range(2 + skipped):
+            for _ in range(batches):
+                (model(batch_of(0))["loss"] / batches).backward()
+            if 0 < step < 1 + skipped:  # a spike, say
+                opt.zero_grad()
+                continue
+            opt.step()
+            opt.zero_grad()
+        return float(opt.metrics["sharpness"])
+
+    assert run(3) == pytest.approx(run(0), rel=0.02)  # not four times it
+
+
+def test_a_gradient_scaler_that_has_come_down_is_still_none_of_the_loss() -> None:
+    model = Own()
+    opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    found = []
+    for scale in (2.0**16, 2.0**10, 2.0**3, 2.0**3):  # of the next step
+        opt.zero_grad()
+        for _ in range(2):
+            scaler.scale(model(batch_of(0))["loss"]).backward()
+        scaler.step(opt)
+        scaler.update(scale)
+        found.append(opt.metrics["sharpness"])
+    assert found[1:] == pytest.approx([found[1]] * 3, rel=0.02)
+
+
+def test_thawing_parameters_begins_warmup_again() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    opt = AdaptiveWarmup(SGD(model.parameters(), 0.01), model, after="hold", max_warmup=2)
+
+    def steps(count: int) -> str:
+        for step in range(count):
+
+            def closure(step: int = step) -> Tensor:
+                opt.zero_grad()
+                loss = loss_fn(model, batch_of(step))
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+        return opt.phase
+
+    assert steps(3) == "done"
+    probes = opt.metrics["probes"]
+    model[0].requires_grad_(True)
+    assert steps(1) == "warmup" and opt.metrics["probes"] == probes + 1
+    assert steps(3) == "done"
+    model[2].requires_grad_(False)
+    assert steps(1) == "done"
+
+
 def test_micro_batches_are_probed_once_and_not_at_rate_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     opt = AdaptiveWarmup(SGD(model.parameters(), 0.0), model)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import (
     ASGD,
     LBFGS,
@@ -34,7 +34,7 @@ from torch.optim import (
     SparseAdam,
 )
 
-from warmctl import update_rules
+from warmctl import AdaptiveWarmup, update_rules
 from warmctl.update_rules import UpdateRule, register_update_rule, stability_threshold, update_rule
 
 Make = Callable[[list[Tensor]], Optimizer]
@@ -247,6 +247,13 @@ THRESHOLDS: list[tuple[Make, float]] = [
 @pytest.mark.parametrize(("make", "expected"), THRESHOLDS, ids=label)
 def test_threshold(make: Make, expected: float) -> None:
     assert stability_threshold(make(parameters())) == [pytest.approx(expected, rel=1e-6)]
+
+
+def test_threshold_of_the_wrapped_optimizer() -> None:
+    model = nn.Linear(2, 2)
+    assert stability_threshold(AdaptiveWarmup(SGD(model.parameters(), 0.1, momentum=0.9), model)) == [
+        pytest.approx(3.8)
+    ]
 
 
 def test_threshold_of_each_group() -> None:

@@ -67,7 +67,7 @@ class Cadence:
         Args:
             loss, norm: of this step's gradient evaluation; nan if unknown.
             cost: what a probe is expected to cost, in gradient evaluations.
-            guarding: whether warmup has ended.
+            guarding: whether warmup has ended and the rate is no higher than then.
             gradients: evaluations that went into this step; more than one with gradient accumulation.
         """
         s = self.state

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from warmctl.distributed import is_sharded
 from warmctl.replay import RandomState, measuring
 from warmctl.vectors import wide
 
@@ -117,9 +118,10 @@ class ModelCapture:
         return closure
 
     def weight(self) -> float:
-        """The sum of `weights`, or 1 where a gradient scaler has multiplied them."""
+        """The sum of `weights`, or 1 where a gradient scaler has multiplied them, now or at an earlier probe."""
         total = float(torch.stack([wide(w).sum() for w in self.weights]).sum())
-        return 1.0 if self.scaled or total >= SCALED else total
+        self.scaled = self.scaled or total >= SCALED
+        return 1.0 if self.scaled else total
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.enabled or measuring() or not torch.is_grad_enabled():
@@ -145,6 +147,9 @@ class ModelCapture:
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
         if self.enabled and not measuring():
+            params = list(self.model.parameters())
+            if self.weights and not is_sharded(params) and all(p.grad is None for p in params):
+                self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
             self._call, self.random_state, self.loss = call, state, loss
             self.weights.append(gradient.detach())
 

@@ -3,8 +3,8 @@
 A reading is the stability ratio r₁ at the full scheduled rate (edge at 1). Divided by the rate it is kept as the
 forecast; scale · forecast · rate is the stability ratio until the next reading.
 
-* Down at once: a reading that puts the ratio above `target` cuts the scale to where the ratio meets it. SGD, which
-  undoes a small overshoot by itself, is cut only above the edge.
+* Down at once: where a reading, or a scheduled rate that rises after it, puts the ratio above `target`, the scale is
+  cut to where the ratio meets it. SGD, which undoes a small overshoot by itself, is cut only above the edge.
 * Up with the age of the run: after t steps the scale grows by ((t + 1) / t)^p a step, so it doubles when the run's
   age has doubled, whatever the length of the run. Far below target p is larger, for the first ratios of an adaptive
   rule are too large by orders of magnitude and fall within a few steps. No evidence, no growth: at most by a factor
@@ -105,6 +105,7 @@ class ControllerState(FloatState):
     scale: float = UNMEASURED
     forecast: float = math.nan
     share: float = 1.0
+    tolerant: float = 0.0
     relative_update: float = 0.0
     probed_scale: float = 0.0
     shortening: float = 1.0
@@ -168,19 +169,19 @@ class Controller:
             return self._decision(rate)
         s.probes += reading is not None
         if reading is not None and not reading.ok:
+            self._shorten(rate, surprise)
             return self._end(rate, f"probe failed, scale held: {reading.reason}")
         if reading is not None:
             s.readings += 1
             s.forecast, s.share = self._forecast(reading, rate), self._share(reading)
-            s.relative_update = reading.relative_update / rate
-        if math.isnan(s.forecast):
-            return self._end(rate)
-        carried = self.target * s.share / max(s.forecast * rate, 1e-30)
-        reason = self._move(carried, rate, reading, losing)
-        allowed = SURPRISE if s.scale > NEAR * carried else SURPRISE_FAR
-        if surprise > allowed:
-            s.shortening = min(s.shortening, max(allowed / surprise, SHORTEST))
+            s.relative_update, s.tolerant = reading.relative_update / rate, float(reading.tolerant)
+        reason = "" if math.isnan(s.forecast) else self._move(rate, reading is not None, losing)
+        self._shorten(rate, surprise)
         return self._end(rate, reason)
+
+    def rising(self, rate: float) -> bool:
+        """Whether the rate that would be applied is above any that warmup has seen."""
+        return self.state.scale * rate >= HIGHER * self.state.highest
 
     def _forecast(self, reading: Reading, rate: float) -> float:
         """Rising counts at once; a fall counts half in log, and as one of two decades at most.
@@ -196,33 +197,40 @@ class Controller:
         noisy = reading.noisy and self.state.readings > 1
         return math.sqrt(self.state.share * reading.share) if noisy else reading.share
 
-    def _move(self, carried: float, rate: float, reading: Reading | None, losing: bool) -> str:
+    def _carried(self, rate: float) -> float:
+        """The scale at which the ratio is at target, by the last reading; nan before it."""
+        return self.target * self.state.share / max(self.state.forecast * rate, 1e-30)
+
+    def _shorten(self, rate: float, surprise: float) -> None:
+        near = self.state.scale > NEAR * self._carried(rate)
+        allowed = SURPRISE if near else SURPRISE_FAR
+        if surprise > allowed:
+            self.state.shortening = min(self.state.shortening, max(allowed / surprise, SHORTEST))
+
+    def _move(self, rate: float, probed: bool, losing: bool) -> str:
         """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
 
         Once warmup has ended, up means no higher than the scale that it ended with.
         """
         s = self.state
-        first = reading is not None and s.readings == 1 and self.phase == "warmup"
-        slack = self._overshoot(reading)
+        first = probed and s.readings == 1 and self.phase == "warmup"
+        carried = self._carried(rate)
+        slack = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
         before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
         limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else s.settled)
         if first:
             s.scale = max(limit, FLOOR)
-        elif reading is not None and carried * slack < s.scale:
+        elif carried * slack < s.scale:
             s.scale = max(carried, FLOOR)
         elif limit > s.scale and not losing:
             power = max(1.0, DECADE_POWER * math.log10(carried / s.scale))
             grown = s.scale * (s.age / max(s.age - 1, 1.0)) ** power
             s.scale = max(s.scale, min(limit, grown, EVIDENCE * s.probed_scale))
-        if reading is not None:
+        if probed:
             s.probed_scale = s.scale
         if first:
             return f"started at scale {s.scale:.3g}"
         return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
-
-    def _overshoot(self, reading: Reading | None) -> float:
-        """Ratio over target up to which a reading is no reason to cut: SGD undoes a step near the edge by itself."""
-        return max(1.0 / self.target, 1.0) if reading is not None and reading.tolerant else 1.0
 
     def _end(self, rate: float, reason: str = "") -> Decision:
         """End warmup if it is time, and decide."""
@@ -239,7 +247,7 @@ class Controller:
         s = self.state
         if self.max_warmup is not None and s.age >= self.max_warmup:
             return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
-        if s.readings and s.scale * rate >= HIGHER * s.highest:
+        if s.readings and self.rising(rate):
             s.highest, s.highest_scale, s.highest_age, s.highest_probes = s.scale * rate, s.scale, s.age, s.probes
         steps = SETTLED_STEPS if s.scale >= 1.0 else SETTLED_BELOW
         old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + steps)

@@ -158,7 +158,7 @@ class AdaptiveWarmup(Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in PyTorch. Warmup starts again: the new parameters have never been measured."""
+        """As in PyTorch. Warmup starts again, as it does when parameters are thawed: they have never been measured."""
         self.base.add_param_group(param_group)
         self.restart()
 
@@ -189,6 +189,7 @@ class AdaptiveWarmup(Optimizer):
             contract. The parameters are as before then.
         """
         checks.closure(closure)
+        self._follow_freezing()
         steps = self.counts.steps
         if self._announced:
             checkpoint.withdraw_vector(self.base, self._all_params())
@@ -344,7 +345,8 @@ class AdaptiveWarmup(Optimizer):
             return
         params = self._params() if run is None else run.params
         value, norm = self._signals.read(loss, params)
-        due = self.cadence.due(value, norm, self._probe_cost(), self.phase != "warmup", gradients)
+        guarding = self.phase != "warmup" and not self.controller.rising(rate)
+        due = self.cadence.due(value, norm, self._probe_cost(), guarding, gradients)
         broken = self._broken(loss is not None, value, norm, params[0].device)
         found = None if broken else self._measure(due, loss, run, params)
         if found is not None and self.rule is not None:
@@ -469,6 +471,16 @@ class AdaptiveWarmup(Optimizer):
         """The trainable parameters, group by group."""
         return [p for p in self._all_params() if p.requires_grad]
 
+    def _follow_freezing(self) -> None:
+        """Begin again where parameters have been thawed or added: they have never been measured."""
+        params = self._params()
+        if len(params) == len(self.watch.params):
+            return
+        if len(params) > len(self.watch.params):
+            self.restart()
+        self.watch.remove()
+        self.watch = GradientWatch(params)
+
     def _has_gradient(self) -> bool:
         return any(p.grad is not None for group in self.param_groups for p in group["params"] if p.requires_grad)
 
@@ -515,7 +527,7 @@ class AdaptiveWarmup(Optimizer):
         return self.controller.state, self.cadence.state, self.counts, self._graph_probe, self.prober.capture
 
     def _numbers(self) -> list[float]:
-        self.counts.loss, self.counts.norm = self._signals.delayed.tolist()
+        self.counts.loss, self.counts.norm = self._signals.delayed
         values = [value for part in self._parts() for value in part.state_values()]
         return [*values, *Measurement.values(self.last), *Measurement.values(self._reading)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
-from warmctl.capture import SCALED, ModelCapture, loss_scale
+from warmctl.capture import ModelCapture, loss_scale
 from warmctl.estimator import Measurement, SharpnessEstimator, failed, first_line
 from warmctl.operators import HessianOperator
 from warmctl.replay import Closure, NotReplayable, RandomState, Replay, check_loss, no_trace
@@ -267,7 +267,7 @@ class Prober:
                 return None
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
         # them than that one does; a sum does.
-        summed = max(float(w) for w in self.capture.weights) >= SCALED and reach > 1.05 * size
+        summed = self.capture.scaled and reach > 1.05 * size
         return replay, gradient, float(len(self.capture.weights)) if summed else 1.0
 
     def _check_closure(self, evaluation: Evaluation, params: list[Tensor]) -> None:

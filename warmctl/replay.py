@@ -316,14 +316,16 @@ class Replay:
         """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known.
         Cost: 1.
 
-        The tolerance (1e-3) allows for kernels that do not add in a fixed order, not for another batch.
+        The tolerances (1e-3, of a gradient at least four roundings) allow for kernels that do not add in a fixed order,
+        not for another batch.
         """
         again, repeated = self.gradient()
-        drift = [abs(again - loss) / max(abs(loss), 1e-3)]
+        same = abs(again - loss) <= 1e-3 * max(abs(loss), 1e-3)
         if gradient is not None:
             size = dot(gradient, gradient)
-            drift.append(math.sqrt(dot(add_(repeated, gradient, -1.0), repeated) / max(size, 1e-24)))
-        if not all(d <= 1e-3 for d in drift):
+            drift = math.sqrt(dot(add_(repeated, gradient, -1.0), repeated) / max(size, 1e-24))
+            same = same and drift <= max(1e-3, 4 * self.precision)
+        if not same:
             raise NotReplayable(
                 f"evaluating the loss again at the same parameters gave {again:.6g} after {loss:.6g}, "
                 "so the closure draws new data or keeps state"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ class StepSignals:
     """
 
     def __init__(self, loss: float = math.nan, norm: float = math.nan) -> None:
-        self.delayed = torch.tensor([loss, norm], dtype=torch.float64)
+        self._sent = torch.tensor([loss, norm], dtype=torch.float64)
+        self._arrived: Any = None
 
     def read(self, loss: Tensor | None, params: list[Tensor]) -> tuple[float, float]:
         grads = [local(grad) for p in params if (grad := p.grad) is not None]
@@ -28,7 +30,29 @@ class StepSignals:
             return math.nan if loss is None else float(loss), math.sqrt(float(square))
         value = torch.full_like(square, math.nan) if loss is None else loss.to(square)
         signals = distributed.average(torch.stack([value.reshape(()), square.sqrt()]))
-        if norms[0].device.type != "cpu":
-            signals, self.delayed = self.delayed, signals
-        found: list[float] = signals.tolist()
-        return found[0], found[1]
+        if signals.device.type == "cpu":
+            return float(signals[0]), float(signals[1])
+        before = self.delayed
+        self._send(signals)
+        return before
+
+    @property
+    def delayed(self) -> tuple[float, float]:
+        """Those that `read` has not returned yet. Waits until they have arrived, not for what was launched since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, norm = self._sent.tolist()
+        return loss, norm
+
+    def _send(self, signals: Tensor) -> None:
+        """To the host, behind the device's work so far."""
+        if signals.device.type != "cuda":
+            self._sent = signals
+            return
+        self._sent = torch.empty_like(signals, device="cpu", pin_memory=True)
+        self._sent.copy_(signals, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record(torch.cuda.current_stream(signals.device))
+
+    def __reduce__(self) -> Any:
+        return StepSignals, self.delayed

@@ -127,6 +127,7 @@ def register_update_rule(optimizer_class: type, rule: UpdateRule) -> None:
 
 def update_rule(optimizer: torch.optim.Optimizer | type) -> UpdateRule | None:
     """The rule of an optimizer or its class, or of the base whose `step` it inherits; None if not known."""
+    optimizer = getattr(optimizer, "base", optimizer)  # an AdaptiveWarmup's
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     for ancestor in optimizer_class.__mro__:
         if ancestor in _RULES:
@@ -146,7 +147,7 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> list[float]:
         name = type(optimizer).__name__
         raise ValueError(
             f"no stability threshold is known for {name}; if it has one, state it with "
-            f"warmctl.update_rules.register_update_rule({name}, UpdateRule(edge=lambda group: ...))"
+            f"warmctl.register_update_rule({name}, UpdateRule(edge=lambda group: ...))"
         )
     return [rule.threshold(group) for group in optimizer.param_groups]
 

@@ -49,6 +49,11 @@ class GradientWatch:
         self.clear()
         self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
+    def remove(self) -> None:
+        """Watch no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+
     def clear(self) -> None:
         """A step was made: the next gradient begins."""
         self.passes = 0
