@@ -171,6 +171,21 @@ def test_no_growth_beyond_the_evidence() -> None:
     assert decision.ratio < 0.4
 
 
+def test_a_task_that_becomes_harder_delays_warmup_and_does_not_end_it() -> None:
+    controller, cadence = Controller(), Cadence()
+    scales = []
+    for t in range(1, 1001):
+        loss = 6 - 0.3 * t if t <= 10 else min(3 + 0.01 * (t - 10), 6.0)
+        due = cadence.due(loss, 1.0, 2.0, controller.phase != "warmup")
+        ratio = 10 * math.exp(-t / 30) + 0.02
+        decision = controller.update(1.0, Reading(ratio) if due else None, cadence.losing, cadence.surprise)
+        if due:
+            cadence.probed(2.0, decision.closeness)
+        scales.append(decision.scale)
+    assert scales[300] < 0.2  # it rises up to here
+    assert scales[-1] == 1.0
+
+
 def test_no_growth_while_the_loss_is_losing_ground() -> None:
     controller = Controller()
     start = controller.update(1.0, Reading(5.0)).scale

@@ -19,8 +19,9 @@ NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
 NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
-LOSING = 2.0
-"""Mean deviations by which the average loss may rise from its lowest before it is losing ground."""
+LOSING, FORGETTING = 2.0, 0.01
+"""Mean deviations by which the average loss may rise from its lowest before it is losing ground; and the part of the
+way by which the lowest follows it each step, for a task may become harder."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 BURST, RESERVE = 20.0, 6.0
@@ -124,11 +125,11 @@ class Cadence:
             s.norm, s.norm_spread = _follow(s.norm, s.norm_spread, log_norm)
         if math.isfinite(loss):
             if math.isnan(s.loss):
-                s.loss, s.loss_spread = loss, 0.03 * abs(loss)
+                s.loss, s.loss_spread, s.lowest_loss = loss, 0.03 * abs(loss), loss
             if loss - s.loss > LOSS_EVENT * max(s.loss_spread, LOSS_SPREAD * abs(s.loss)):
                 events.append("loss")
             s.loss, s.loss_spread = _follow(s.loss, s.loss_spread, loss)
-            s.lowest_loss = min(s.lowest_loss, s.loss)
+            s.lowest_loss = min(s.lowest_loss + FORGETTING * (s.loss - s.lowest_loss), s.loss)
         return " and ".join(events)
 
 

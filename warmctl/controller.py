@@ -14,8 +14,8 @@ forecast; scale · forecast · rate is the stability ratio until the next readin
 * A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
   shortened in proportion, and lengthens again within a few steps.
 * An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
-  way back from a cut. The scale is kept then, so that the user's decay keeps its shape. Guard still cuts it, and lets
-  it come back to there: what one batch asked for need not be for good.
+  way back from a cut, nor was held back by a rising loss. The scale is kept then, so that the user's decay keeps its
+  shape. Guard still cuts it, and lets it come back to there: what one batch asked for need not be for good.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Controller:
             s.relative_update, s.tolerant = reading.relative_update / rate, float(reading.tolerant)
         reason = "" if math.isnan(s.forecast) else self._move(rate, reading is not None, losing)
         self._shorten(rate, surprise)
-        return self._end(rate, reason)
+        return self._end(rate, reason, losing)
 
     def rising(self, rate: float) -> bool:
         """Whether the rate that would be applied is above any that warmup has seen."""
@@ -232,23 +232,25 @@ class Controller:
             return f"started at scale {s.scale:.3g}"
         return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
 
-    def _end(self, rate: float, reason: str = "") -> Decision:
+    def _end(self, rate: float, reason: str, losing: bool = False) -> Decision:
         """End warmup if it is time, and decide."""
         s = self.state
         if self.phase == "warmup":
-            why = self._settled(rate)
+            why = self._settled(rate, losing)
             if why:
                 s.settled, s.phase = s.scale, 1.0 if self.after == "guard" else 2.0
                 reason = f"warmup ended: {why}"
         return self._decision(rate, reason)
 
-    def _settled(self, rate: float) -> str:
+    def _settled(self, rate: float, losing: bool) -> str:
         """Why warmup is over, or ""."""
         s = self.state
         if self.max_warmup is not None and s.age >= self.max_warmup:
             return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
         if s.readings and self.rising(rate):
             s.highest, s.highest_scale, s.highest_age, s.highest_probes = s.scale * rate, s.scale, s.age, s.probes
+        elif losing:  # what held the rate back was not the landscape
+            s.highest_age = s.age
         steps = SETTLED_STEPS if s.scale >= 1.0 else SETTLED_BELOW
         old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + steps)
         back = s.scale >= RECOVERED * s.highest_scale or s.age >= max(PATIENCE * s.highest_age, PATIENCE_STEPS)

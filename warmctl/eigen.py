@@ -72,8 +72,8 @@ def lanczos(
         noise: size of that component beside a start of length 1; 0 where the start holds all that is
             reachable, and then `start` is taken over and scaled, not copied.
 
-    Cost: one product per step. Source: Golub & Van Loan, Matrix Computations, §10.1; the residual is |β_k
-        s_k|.
+    Cost: one product per step. Source: Golub & Van Loan, Matrix Computations, §10.1; the residual is
+        |β_k s_k|.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

@@ -2,8 +2,7 @@
 
 Three ways to the product Hv, by cost in gradient evaluations (one forward and one backward pass):
 
-* finite difference, (∇L(θ + εv) − ∇L(θ)) / ε: 1, given the gradient at θ; 2 for the central difference.
-Works with
+* finite difference, (∇L(θ + εv) − ∇L(θ)) / ε: 1, given the gradient at θ; 2 for the central difference. Works with
   every kernel, compiled or sharded; error of the top eigenvalue about 1e-3 in float32 on smooth losses.
 * double backward, ∇(∇L·v): about 2.4 on a graph that is kept while the operator lives.
 * forward over reverse, torch.func.jvp of torch.func.grad: about 3.3; takes blocks of vectors by vmap.
@@ -48,8 +47,8 @@ class HessianOperator:
         loss: computes the scalar loss at the present parameters. Every evaluation starts from the same
             random state and leaves no trace in gradients, random streams or, if a `Replay` with a module is
             given, its buffers.
-        params: parameters that require grad, at least one, real. A loss that does not depend on one of them
-            (frozen, unused) has zero rows and columns there.
+        params: parameters that require grad, at least one, real. Where the loss does not depend on one of
+            them, rows and columns are zero.
         method: "double_backward", "forward_over_reverse", "finite_difference", or "auto": finite differences
             where the gradient is already there and the precision allows (they are cheapest then), double
             backward otherwise, finite differences again where the model has no second derivative.
@@ -58,11 +57,10 @@ class HessianOperator:
         inner: inner product of two vectors; over all shards where the parameters are sharded.
         step: of the finite difference, relative; `FD_STEP` if omitted.
 
-    Attributes: `method` in use, `hvps` products made, `cost` gradient evaluations spent, `fallback` the
-        reason why
-    "auto" left double backward ("" if it did not).
+    Attributes: `method` in use, `hvps` products made, `cost` gradient evaluations spent, `fallback` the reason
+        why "auto" left double backward ("" if it did not).
 
-    Raises: ValueError for an unknown method, no parameters, complex or meta parameters.
+    Raises: ValueError for an unknown method, no parameters, or one that is given twice, frozen, complex or meta.
     """
 
     def __init__(

@@ -52,8 +52,9 @@ class AdaptiveWarmup(Optimizer):
     """Learning-rate warmup without `warmup_steps`, around any PyTorch optimizer.
 
     Every few steps a probe measures the stability ratio of the coming update (edge of stability at 1); a controller
-    scales the scheduled rates inside `step` so that the ratio stays below `target`, raises the scale as fast as the
-    landscape allows and ends warmup by itself. Outside `step` the rates are the schedule's alone.
+    scales the scheduled rates inside `step` so that the ratio stays below `target` (SGD: is cut back to it above the
+    edge), raises the scale with the age of the run and ends warmup by itself. Outside `step` the rates are the
+    schedule's alone.
 
     Args:
         optimizer: any `torch.optim.Optimizer` but LBFGS. One without a registered update rule is measured along the
@@ -64,7 +65,8 @@ class AdaptiveWarmup(Optimizer):
         every: steps between probes, or "auto": events and a budget decide.
         budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
         hvp: "finite_difference", "double_backward" or "forward_over_reverse", see `HessianOperator`; "auto" is the
-            first, unless the model computes in less than float32 and an exact product says otherwise.
+            first, unless the model computes in less than float32 and an exact product says otherwise;
+            `backward(loss)` is always by double backward.
         estimator: "lanczos" (from cold; then, with two products, Rayleigh–Ritz on the tracked eigenvector and the
             coming step) or "power".
         probe_steps: Hessian-vector products per probe; twice as many at the first.
@@ -76,7 +78,8 @@ class AdaptiveWarmup(Optimizer):
         seed: of the random component of a warm start, where the solver takes one.
 
     Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
-    differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one.
+    differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one, 2 `probe_steps` + 3
+    during the first.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -148,8 +151,9 @@ class AdaptiveWarmup(Optimizer):
 
         `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, measured at
         probes and carried on between them; `sharpness`, `threshold`, `residual`: of the last probe, r₁·τ/η in the
-        optimizer's own coordinates (λ_max(H) for SGD), τ, and the residual relative to it; `hvps`, `probes`,
-        `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
+        optimizer's own coordinates (for SGD with one rate and no weight decay an estimate of λ_max(H)), τ, and
+        the residual relative to it; `hvps`, `probes`, `overhead`: so far, the last in gradient evaluations per one of
+        training; `reason`: words, mostly "".
         """
         beside = ("scheduled_lr", "loss", "probed")
         return {name: value for name, value in zip(COLUMNS, self._row, strict=True) if name not in beside}

@@ -15,9 +15,11 @@ factor on the rates is a factor on r. Where all groups have the same η and w, r
 and `threshold` is the right side without q. H is the Hessian of what the optimizer minimises: under
 `maximize` the caller takes −H, and passes the raw gradient all the same.
 
-An optimizer that is not known here has no rule (`update_rule` returns None). Rprop, Adafactor, Muon, LBFGS
-and SparseAdam (whose moments move only in the rows in use) are left to a ratio measured along the update.
-To teach another:
+An optimizer that is not known here has no rule (`update_rule` returns None). Rprop, Adafactor, Muon and
+SparseAdam (whose moments move only in the rows in use) are left to a ratio measured along the update; LBFGS is
+refused. To teach another:
+
+    from warmctl.update_rules import UpdateRule, register_update_rule, update_rule
 
     register_update_rule(HeavyBall, UpdateRule(edge=lambda group: 2 * (1 + group["momentum"])))
 

@@ -1,6 +1,7 @@
 """What users of a training framework need beyond the wrapper: a file a framework, imported only by name.
 
-Accelerate needs nothing: `accelerator.prepare` takes the wrapper; `accelerator.log(scalars(opt))` logs it.
+Accelerate needs none: `accelerator.prepare` takes the wrapper, `unwrap(opt).observe(batch)` gives it the batch where
+the loss is computed outside of the model, `accelerator.log(scalars(opt))` logs it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: give it `optimizers=(AdaptiveWarmup(...), scheduler)` and no `warmup_steps`."""
+"""Hugging Face Trainer: give it `optimizers=(AdaptiveWarmup(...), None)` and no `warmup_steps`."""
 
 from __future__ import annotations
 
