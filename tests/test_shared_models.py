@@ -159,6 +159,22 @@ def test_a_fullgraph_of_the_wrapped_model_compiles() -> None:
     opt.step()
 
 
+def test_the_own_loss_of_a_compiled_model_is_found() -> None:
+    def run(compiled: bool) -> float:
+        model: Any = Own()
+        params = list(model.parameters())
+        model = torch.compile(model, backend="aot_eager") if compiled else model
+        opt = AdaptiveWarmup(SGD(params, 1e-3), model, control=False, every=1)
+        for step in range(3):
+            opt.zero_grad()
+            model(batch_of(step))["loss"].backward()
+            opt.step()
+        assert opt.metrics["probes"] == 3
+        return float(opt.metrics["sharpness"])
+
+    assert run(True) == pytest.approx(run(False), rel=1e-3)
+
+
 def test_passes_of_a_skipped_step_do_not_count() -> None:
     def run(skipped: int) -> float:
         model = mlp()

@@ -6,6 +6,7 @@ model, and a step is what the Trainer calls one after accumulation and clipping.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ class Run:
         torch.manual_seed(0)
         self.model = MODELS[model]()
         base = torch.optim.AdamW(self.model.parameters(), lr=lr)
+        if options.pop("compiled", False):
+            self.model = torch.compile(self.model, backend="aot_eager")  # type: ignore[assignment]
+        own_schedule = options.pop("own_schedule", True)
         self.opt: Any = AdaptiveWarmup(base, self.model, **options) if wrapped else base
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, T_max=40)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, T_max=40) if own_schedule else None
         settings: dict[str, Any] = {
             "output_dir": str(folder),
             "max_steps": steps,
@@ -136,6 +140,20 @@ def test_monitor_leaves_no_trace(model: str, accumulation: int, tmp_path: Path) 
         for r in (plain, monitored)
     ]
     assert logs[0] == logs[1]
+
+
+def test_the_schedule_of_the_trainer(tmp_path: Path) -> None:
+    """`optimizers=(opt, None)`: the decay that the arguments name, from the wrapped optimizer's own rate."""
+    arguments = {"lr_scheduler_type": "cosine", "learning_rate": 1.0}
+    rows = Run("gpt2", tmp_path, own_schedule=False, lr=0.03, arguments=arguments).train().rows
+    expected = [0.03 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert [row["scheduled_lr"] for row in rows] == pytest.approx(expected)
+    assert rows[-1]["probes"] > 1 and not failures(rows)
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    run = Run("gpt2", tmp_path, compiled=True, steps=3, arguments={"remove_unused_columns": False}).train()
+    assert run.opt.metrics["probes"] > 1 and not failures(run.rows)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
