@@ -438,14 +438,15 @@ def one_large_matrix() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 400, bias=False), nn.Tanh(), nn.Linear(400, 3, bias=False))
 
 
-def peak_of_a_step(opt: torch.optim.Optimizer, model: nn.Module, clipped: bool) -> LargeTensors:
+def peak_of_a_step(opt: torch.optim.Optimizer, model: nn.Module, clipped: bool, first: bool = False) -> LargeTensors:
     def closure(index: int) -> Tensor:
         loss = closure_for(opt, model, batch_of(index, size=2))()
         if clipped:
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         return loss
 
-    opt.step(lambda: closure(0))
+    if not first:
+        opt.step(lambda: closure(0))
     opt.zero_grad()
     gc.collect()
     tensors = LargeTensors(3 * 400)
@@ -468,6 +469,17 @@ def test_memory_of_a_probe(make: Any, steps: int, clipped: bool) -> None:
     assert measured(opt) and opt.counts.probes == 2
     assert (wrapped.peak - bare.peak) / 2 <= steps + 3
     assert wrapped.alive() == bare.alive() + 2  # the eigenvector
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_memory_of_the_first_probe(steps: int) -> None:
+    """At most 2 `probe_steps` + 3: it makes twice as many products, and Lanczos keeps a vector for each."""
+    plain, model = one_large_matrix(), one_large_matrix()
+    bare = peak_of_a_step(torch.optim.SGD(plain.parameters(), 0.1), plain, False, first=True)
+    opt = monitor(torch.optim.SGD(model.parameters(), 0.1), model, steps, hvp="finite_difference")
+    wrapped = peak_of_a_step(opt, model, False, first=True)
+    assert opt.counts.probes == 1
+    assert steps + 3 < (wrapped.peak - bare.peak) / 2 <= 2 * steps + 3
 
 
 def test_kinks_do_not_make_a_probe_dearer_in_full_precision() -> None:

@@ -254,6 +254,8 @@ def test_threshold_of_the_wrapped_optimizer() -> None:
     assert stability_threshold(AdaptiveWarmup(SGD(model.parameters(), 0.1, momentum=0.9), model)) == [
         pytest.approx(3.8)
     ]
+    with pytest.raises(ValueError, match=r"known for Muon.*register_update_rule\(Muon"):
+        stability_threshold(AdaptiveWarmup(torch.optim.Muon([model.weight], 0.1), model))
 
 
 def test_threshold_of_each_group() -> None:

@@ -129,7 +129,6 @@ def register_update_rule(optimizer_class: type, rule: UpdateRule) -> None:
 
 def update_rule(optimizer: torch.optim.Optimizer | type) -> UpdateRule | None:
     """The rule of an optimizer or its class, or of the base whose `step` it inherits; None if not known."""
-    optimizer = getattr(optimizer, "base", optimizer)  # an AdaptiveWarmup's
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     for ancestor in optimizer_class.__mro__:
         if ancestor in _RULES:
@@ -144,9 +143,10 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> list[float]:
 
     Raises: ValueError if the optimizer has no registered rule.
     """
-    rule = update_rule(optimizer)
+    own = getattr(optimizer, "rule", None)  # an AdaptiveWarmup's
+    rule = own if isinstance(own, UpdateRule) else update_rule(optimizer)
     if rule is None:
-        name = type(optimizer).__name__
+        name = type(getattr(optimizer, "base", optimizer)).__name__
         raise ValueError(
             f"no stability threshold is known for {name}; if it has one, state it with "
             f"warmctl.register_update_rule({name}, UpdateRule(edge=lambda group: ...))"
