@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.costs_what_it_says import interleaved, relative
-from benchmarks.harness import median
-from benchmarks.problems import GPT, PROBLEMS, Batch, mlp, small_conv
+from benchmarks.harness.problems import GPT, PROBLEMS, Batch, mlp, small_conv
+from benchmarks.harness.results import median
 from warmctl import sharpness
 
 Row = dict[str, Any]

@@ -25,10 +25,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Quick, Results, console, median, seconds, table
-from benchmarks.problems import GPT, PROBLEMS, Batch, corpus, digits, mlp, place, resnet, text_batches
+from benchmarks.harness.problems import GPT, PROBLEMS, Batch, corpus, digits, mlp, place, resnet, text_batches
+from benchmarks.harness.results import Quick, Results, console, median, seconds, table
 from warmctl import AdaptiveWarmup
-from warmctl.operators import HessianOperator
+from warmctl.curvature.operators import HessianOperator
 
 Batches = Callable[[int], Iterator[Batch]]  # batch size -> batches
 Row = dict[str, Any]

@@ -33,18 +33,19 @@ import typer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks import runs
-from benchmarks.harness import Quick, Results, console, table
-from benchmarks.policies import uses_adam
-from benchmarks.problems import PROBLEMS, half_decades
-from benchmarks.runs import Job, Row
+from benchmarks.harness import runs
+from benchmarks.harness.policies import uses_adam
+from benchmarks.harness.problems import PROBLEMS, half_decades
+from benchmarks.harness.results import Quick, Results, console, table
+from benchmarks.harness.runs import Job, Row
 from warmctl import AdaptiveWarmup
-from warmctl.cadence import Cadence
-from warmctl.controller import Controller, Decision, Reading
+from warmctl.control.cadence import Cadence
+from warmctl.control.controller import Controller, Decision, Reading
+from warmctl.curvature.eigen import EigenResult, lanczos, power_step
+from warmctl.curvature.operators import HessianOperator, ScaledOperator
 from warmctl.distributed import inner_product
-from warmctl.eigen import EigenResult, lanczos, power_step
-from warmctl.estimator import Measurement, SharpnessEstimator
-from warmctl.operators import HessianOperator, ScaledOperator
+from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.measurement import Measurement
 from warmctl.vectors import Vector
 
 NAME = "defaults_are_measured"

@@ -26,9 +26,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.problems import PROBLEMS, Batch, Problem
+from benchmarks.harness.problems import PROBLEMS, Batch, Problem
 from warmctl import AdaptiveWarmup, History, plot
-from warmctl.history import warmup_end
+from warmctl.record.history import warmup_end
 
 LINEAR_WARMUP = 0.1  # of all steps
 POLICIES = {"none": "no warmup", "linear": "linear warmup", "adaptive": "AdaptiveWarmup"}

@@ -44,8 +44,8 @@ from benchmarks.edge_runs import (
     monitored,
     warmed_up,
 )
-from benchmarks.harness import Quick, Results, console, table
-from benchmarks.runs import FAILED, library, signature
+from benchmarks.harness.results import Quick, Results, console, table
+from benchmarks.harness.runs import FAILED, library, signature
 
 NAME = "edge_of_stability"
 

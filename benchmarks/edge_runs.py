@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.policies import seed_second_moment
-from benchmarks.problems import GPT, PROBLEMS, Batch, Problem, mnist1d, text_batches
+from benchmarks.harness.policies import seed_second_moment
+from benchmarks.harness.problems import GPT, PROBLEMS, Batch, Problem, mnist1d, text_batches
 from warmctl import AdaptiveWarmup, sharpness
 
 Row = dict[str, Any]

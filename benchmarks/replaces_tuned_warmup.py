@@ -24,11 +24,11 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
-from benchmarks.cells import Cell, best_cell, by_problem, gather, mean_ranks, per_update, price, span
-from benchmarks.harness import RESULTS, Quick, Results, console, median, table
-from benchmarks.policies import ADAM_ONLY, LINEAR, POLICIES, policies_for
-from benchmarks.problems import PROBLEMS, half_decades
-from benchmarks.runs import Job, Row, load, run
+from benchmarks.harness.cells import Cell, best_cell, by_problem, gather, mean_ranks, per_update, price, span
+from benchmarks.harness.policies import ADAM_ONLY, LINEAR, POLICIES, policies_for
+from benchmarks.harness.problems import PROBLEMS, half_decades
+from benchmarks.harness.results import RESULTS, Quick, Results, console, median, table
+from benchmarks.harness.runs import Job, Row, load, run
 
 NAME = "replaces_tuned_warmup"
 

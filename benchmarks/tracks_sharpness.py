@@ -50,8 +50,8 @@ from benchmarks.cold_start import (
     search,
 )
 from benchmarks.costs_what_it_says import size_of
-from benchmarks.harness import Quick, Results, console, median, table
-from benchmarks.problems import GPT, Batch, class_batches, corpus, digits, mlp, mnist1d, place, small_conv
+from benchmarks.harness.problems import GPT, Batch, class_batches, corpus, digits, mlp, mnist1d, place, small_conv
+from benchmarks.harness.results import Quick, Results, console, median, table
 from warmctl import AdaptiveWarmup
 
 CADENCES, PRODUCTS, SEEDS = (1, 5, 20), (1, 2, 3, 4, 5), (0, 1, 2)

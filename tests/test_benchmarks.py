@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cells as stats, policies, replaces_tuned_warmup as bench, runs
-from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Job, Row
+from benchmarks import replaces_tuned_warmup as bench
+from benchmarks.harness import cells as stats, policies, runs
+from benchmarks.harness.problems import PROBLEMS
+from benchmarks.harness.runs import Job, Row
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -182,7 +183,7 @@ def test_policies_for_adam_are_left_out_elsewhere() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_run_resume_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.results.RESULTS", tmp_path)
     path = tmp_path / "smoke.jsonl"
     jobs = [Job("digits", policy, 0.1, 0, 5) for policy in ("none", "warmctl")]
     rows = runs.run(jobs, path, workers=1)

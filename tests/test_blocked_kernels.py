@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from warmctl.eigen import lanczos
-from warmctl.operators import HessianOperator
-from warmctl.replay import Replay
+from warmctl.curvature.eigen import lanczos
+from warmctl.curvature.operators import HessianOperator
+from warmctl.loss.replay import Replay
 from warmctl.vectors import random_like
 
 

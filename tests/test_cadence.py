@@ -9,7 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from warmctl.cadence import BURST, GAP_MOST, Cadence
+from warmctl.control.cadence import BURST, GAP_MOST, Cadence
 
 
 def run(

@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from warmctl import __main__ as cli
-from warmctl.history import History, WarmupEnd
+from warmctl.record.history import History, WarmupEnd
 
 ROOT = Path(__file__).parents[1]
 

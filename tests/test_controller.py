@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from warmctl.cadence import Cadence
-from warmctl.controller import EVIDENCE, FLOOR, PATIENT_STEPS, RAMP, UNMEASURED, Controller, Decision, Reading
+from warmctl.control.cadence import Cadence
+from warmctl.control.controller import EVIDENCE, FLOOR, PATIENT_STEPS, RAMP, UNMEASURED, Controller, Decision, Reading
 
 Curve = Callable[[int], float]
 STEPS = 600
@@ -330,7 +330,7 @@ def test_controller_and_cadence_import_no_torch() -> None:
     code = (
         "import sys, types\n"
         "sys.modules['warmctl'] = package = types.ModuleType('warmctl'); package.__path__ = ['warmctl']\n"
-        "import warmctl.controller, warmctl.cadence\n"
+        "import warmctl.control.controller, warmctl.control.cadence\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -31,11 +31,12 @@ from problems_closed_form import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from warmctl.curvature import sharpness
-from warmctl.eigen import lanczos
-from warmctl.operators import HessianOperator, ScaledOperator
-from warmctl.replay import Replay
-from warmctl.update_rules import learning_rate, update_rule
+from warmctl.curvature.eigen import lanczos
+from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.curvature.sharpness import sharpness
+from warmctl.loss.replay import Replay
+from warmctl.rates import learning_rate
+from warmctl.stability.update_rules import update_rule
 from warmctl.vectors import significant
 
 by_name = pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)

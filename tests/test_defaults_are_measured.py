@@ -11,13 +11,13 @@ from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks import defaults_are_measured as bench
 from benchmarks.defaults_are_measured import DEFAULT, VARIANTS, Trial
-from benchmarks.runs import Job
+from benchmarks.harness.runs import Job
 from warmctl import AdaptiveWarmup
-from warmctl.cadence import Cadence
-from warmctl.controller import Reading
-from warmctl.estimator import SharpnessEstimator
-from warmctl.operators import HessianOperator, ScaledOperator
-from warmctl.update_rules import update_rule
+from warmctl.control.cadence import Cadence
+from warmctl.control.controller import Reading
+from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.update_rules import update_rule
 
 
 def train(variant: str, rule: Callable[..., Optimizer], steps: int = 6) -> tuple[AdaptiveWarmup, list[float]]:

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam
 
 from benchmarks import edge_of_stability as bench, edge_runs as runs
 from benchmarks.edge_runs import SETTINGS, Heatmap, Row, Setting
-from benchmarks.problems import Batch
+from benchmarks.harness.problems import Batch
 from tests.problems_closed_form import dense_hessian
 
 GD, NESTEROV, ADAM, FAST_ADAM = SETTINGS
@@ -198,7 +198,7 @@ def test_the_boundary_must_move_by_half_a_decade_and_not_come_back() -> None:
 
 
 def test_measured_once_and_taken_over_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.harness.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.results.RESULTS", tmp_path)
     monkeypatch.setattr(bench, "WIDTHS", (4,))
     monkeypatch.setattr(runs, "signals", lambda count: random_batch(count))
     monkeypatch.setattr(runs, "tanh_mlp", lambda seed, width=4: nn.Linear(40, 10))

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from problems_closed_form import flat, unflat
 from torch import Tensor
 
-from warmctl.eigen import lanczos, power_iteration
+from warmctl.curvature.eigen import lanczos, power_iteration
 from warmctl.vectors import Vector, dot
 
 SOLVERS = [lanczos, power_iteration]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.problems import PROBLEMS
+from benchmarks.harness.problems import PROBLEMS
 from tests.helpers import batch_of, closure_for, loss_fn, mlp, noisy_net, train
 from tests.problems_closed_form import dense_hessian
 from warmctl import AdaptiveWarmup
-from warmctl.estimator import INCOHERENT, LARGEST_SLACK, _step_slack
-from warmctl.update_rules import update_rule
+from warmctl.stability.estimator import INCOHERENT, LARGEST_SLACK, _step_slack
+from warmctl.stability.update_rules import update_rule
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

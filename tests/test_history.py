@@ -24,8 +24,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 
-import warmctl.history
-from warmctl.history import BLOCK, COLUMNS, History, WarmupEnd, read_jsonl, warmup_end
+import warmctl.record.history
+from warmctl.record.history import BLOCK, COLUMNS, History, WarmupEnd, read_jsonl, warmup_end
 
 TORN = '{"step": 4, "phase": "warm'
 
@@ -491,7 +491,7 @@ WRITER = """
 import sys, types
 sys.modules["warmctl"] = package = types.ModuleType("warmctl")  # without torch, whose import takes seconds
 package.__path__ = [sys.argv[4]]
-from warmctl.history import History
+from warmctl.record.history import History
 first, jsonl, table = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 history = History()
 history.to_jsonl(jsonl)
@@ -504,7 +504,7 @@ for step in range(first, 10**9):
 def _write_until_killed(first: int, jsonl: Path, table: Path, size: int) -> None:
     """Run a writer in another process and kill it, not before the file has grown by `size` bytes."""
     grown = size + (jsonl.stat().st_size if jsonl.exists() else 0)
-    package = str(Path(warmctl.history.__file__).parent)
+    package = str(Path(warmctl.record.history.__file__).parents[1])
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(first), str(jsonl), str(table), package])
     try:
         deadline = time.monotonic() + 60

@@ -25,9 +25,9 @@ from problems_closed_form import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from warmctl.eigen import lanczos
-from warmctl.operators import METHODS, HessianOperator, ScaledOperator
-from warmctl.replay import Replay
+from warmctl.curvature.eigen import lanczos
+from warmctl.curvature.operators import METHODS, HessianOperator, ScaledOperator
+from warmctl.loss.replay import Replay
 from warmctl.vectors import dot, gathered, random_like, squares
 
 EXACT = ["double_backward", "forward_over_reverse"]

@@ -19,8 +19,8 @@ from matplotlib.colors import same_color  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-from warmctl.history import History  # noqa: E402
-from warmctl.plotting import COLOURS, _thin, plot  # noqa: E402
+from warmctl.record.history import History  # noqa: E402
+from warmctl.record.plotting import COLOURS, _thin, plot  # noqa: E402
 
 REASON = "the landscape carries no more"
 
@@ -307,7 +307,7 @@ def test_leaves_backend_and_settings_alone(tmp_path: Path) -> None:
 import sys, types
 sys.modules["warmctl"] = package = types.ModuleType("warmctl")
 package.__path__ = [{str(package)!r}]
-from warmctl.plotting import plot
+from warmctl.record.plotting import plot
 assert "matplotlib" not in sys.modules
 import matplotlib
 settings = lambda: {{k: v for k in matplotlib.rcParams if k != "backend" for v in [matplotlib.rcParams[k]]}}

@@ -16,9 +16,9 @@ from problems_closed_form import awkward, batch_norm, tanh_mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from warmctl import replay
-from warmctl.operators import HessianOperator
-from warmctl.replay import NotReplayable, RandomState, Replay, intercept_backward
+from warmctl.curvature.operators import HessianOperator
+from warmctl.loss import replay
+from warmctl.loss.replay import NotReplayable, RandomState, Replay, intercept_backward
 from warmctl.vectors import random_like
 
 

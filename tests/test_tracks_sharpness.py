@@ -12,11 +12,11 @@ from torch import nn
 
 from benchmarks import cold_start as cold, tracks_sharpness as bench
 from benchmarks.cold_start import Row
-from benchmarks.problems import Batch
+from benchmarks.harness.problems import Batch
 from benchmarks.tracks_sharpness import Tracked
 from warmctl import sharpness
-from warmctl.estimator import SharpnessEstimator
-from warmctl.update_rules import update_rule
+from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.update_rules import update_rule
 
 
 def net(seed: int = 0) -> nn.Module:

@@ -34,8 +34,9 @@ from torch.optim import (
     SparseAdam,
 )
 
-from warmctl import AdaptiveWarmup, update_rules
-from warmctl.update_rules import UpdateRule, register_update_rule, stability_threshold, update_rule
+from warmctl import AdaptiveWarmup
+from warmctl.stability import update_rules
+from warmctl.stability.update_rules import UpdateRule, register_update_rule, stability_threshold, update_rule
 
 Make = Callable[[list[Tensor]], Optimizer]
 SHAPES = ((2, 2), (3,))

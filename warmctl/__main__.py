@@ -16,8 +16,8 @@ try:
 except ImportError as error:
     sys.exit(f'python -m warmctl needs typer and rich ({error}): pip install "warmctl[cli]"')
 
-from warmctl.history import History, WarmupEnd, warmup_end
-from warmctl.plotting import plot as draw
+from warmctl.record.history import History, WarmupEnd, warmup_end
+from warmctl.record.plotting import plot as draw
 
 app = typer.Typer(
     help="Look at runs recorded by warmctl: JSONL files of opt.history.to_jsonl(path).",

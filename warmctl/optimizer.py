@@ -13,24 +13,25 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import SGD, Optimizer
 
-from warmctl import checkpoint, checks
-from warmctl.amp import lend_scaler, take_back_scaler
-from warmctl.cadence import Cadence
-from warmctl.capture import ModelCapture, loss_scale
-from warmctl.controller import Controller, Reading
-from warmctl.estimator import Measurement, SharpnessEstimator, failed
-from warmctl.history import COLUMNS, History
-from warmctl.live_graph import GraphProbe
-from warmctl.operators import METHODS
-from warmctl.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
-from warmctl.rates import ScaledRates
-from warmctl.replay import Closure, RandomState
-from warmctl.signals import StepSignals
+from warmctl import arguments as checks, checkpoint
+from warmctl.control.cadence import Cadence
+from warmctl.control.controller import Controller, Reading
+from warmctl.curvature.operators import METHODS
+from warmctl.loss.captured import ModelCapture, loss_scale
+from warmctl.loss.live_graph import GraphProbe
+from warmctl.loss.replay import Closure, RandomState
+from warmctl.loss.scaler import lend_scaler, take_back_scaler
+from warmctl.loss.watch import ClosureRun, GradientWatch
+from warmctl.rates import ScaledRates, learning_rate
+from warmctl.record.history import COLUMNS, History
+from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.measurement import Measurement, failed
+from warmctl.stability.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
+from warmctl.stability.signals import StepSignals
+from warmctl.stability.update_rules import update_rule
 from warmctl.state import FloatState
-from warmctl.update_rules import learning_rate, update_rule
 from warmctl.vectors import locals_of
 from warmctl.warning import warn
-from warmctl.watch import ClosureRun, GradientWatch
 
 log = logging.getLogger("warmctl")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from warmctl.update_rules import learning_rate
+
+def learning_rate(group: Mapping[str, Any]) -> float:
+    """The scheduled rate of a group as a float; waits for the device if it is a tensor there."""
+    return float(group["lr"])
 
 
 class ScaledRates:

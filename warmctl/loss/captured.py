@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from warmctl.distributed import is_sharded
-from warmctl.replay import RandomState, measuring
+from warmctl.loss.replay import RandomState, measuring
 from warmctl.vectors import wide
 
 SCALED = 4096.0

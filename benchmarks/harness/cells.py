@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from benchmarks.harness import median
-from benchmarks.policies import HAND_TUNED, POLICIES
-from benchmarks.problems import PROBLEMS
-from benchmarks.runs import Row
+from benchmarks.harness.policies import HAND_TUNED, POLICIES
+from benchmarks.harness.problems import PROBLEMS
+from benchmarks.harness.results import median
+from benchmarks.harness.runs import Row
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from warmctl.replay import Replay, _graph_nodes, check_graph, check_loss, twice_differentiable
+from warmctl.loss.replay import Replay, _graph_nodes, check_graph, check_loss, twice_differentiable
 from warmctl.vectors import Vector, add_, dot, local, locals_of, scale_
 
 METHODS = ("auto", "double_backward", "forward_over_reverse", "finite_difference")

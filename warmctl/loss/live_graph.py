@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from warmctl.estimator import Measurement
+from warmctl.stability.measurement import Measurement
 
 
 @dataclass

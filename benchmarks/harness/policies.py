@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.demo import schedule
-from benchmarks.problems import Problem
+from benchmarks.harness.problems import Problem
 from warmctl import AdaptiveWarmup
 
 Wrap = Callable[[Optimizer, nn.Module], AdaptiveWarmup]

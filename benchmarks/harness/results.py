@@ -33,7 +33,7 @@ from rich.table import Table
 
 import warmctl
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 Quick = Annotated[bool, typer.Option("--quick", help="Under two minutes: fewer, shorter runs.")]
 console = Console(highlight=False)
 if not console.is_terminal:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from warmctl.estimator import ESTIMATORS
-from warmctl.operators import METHODS
+from warmctl.curvature.operators import METHODS
+from warmctl.stability.estimator import ESTIMATORS
 
 AFTER = ("guard", "hold", "release")
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from warmctl.history import History, WarmupEnd, warmup_end
+from warmctl.record.history import History, WarmupEnd, warmup_end
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

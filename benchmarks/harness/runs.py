@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import warmctl
-from benchmarks.harness import console
-from benchmarks.policies import Wrap, prepare
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.harness.policies import Wrap, prepare
+from benchmarks.harness.problems import PROBLEMS, Problem
+from benchmarks.harness.results import console
 from warmctl import AdaptiveWarmup
 
 Row = dict[str, Any]
@@ -138,9 +138,10 @@ def signature(name: str) -> str:
 @lru_cache
 def library() -> str:
     """Of warmctl's modules that decide a run, without comments and docstrings."""
-    apart = {"__init__.py", "__main__.py", "plotting.py", "history.py"}
-    files = sorted(Path(warmctl.__file__).parent.glob("*.py"))
-    return digest("".join(bare(file.read_text()) for file in files if file.name not in apart))
+    package = Path(warmctl.__file__).parent
+    apart = {package / "__main__.py", *package.glob("record/*"), *package.glob("integrations/*")}
+    files = sorted(file for file in package.rglob("*.py") if file not in apart and file.name != "__init__.py")
+    return digest("".join(bare(file.read_text()) for file in files))
 
 
 def bare(source: str) -> str:

@@ -19,7 +19,7 @@ An optimizer that is not known here has no rule (`update_rule` returns None). Rp
 SparseAdam (whose moments move only in the rows in use) are left to a ratio measured along the update; LBFGS is
 refused. To teach another:
 
-    from warmctl.update_rules import UpdateRule, register_update_rule, update_rule
+    from warmctl.stability.update_rules import UpdateRule, register_update_rule, update_rule
 
     register_update_rule(HeavyBall, UpdateRule(edge=lambda group: 2 * (1 + group["momentum"])))
 
@@ -47,6 +47,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from warmctl.rates import learning_rate
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
@@ -108,11 +110,6 @@ class UpdateRule:
             _divide_(scale, self.momentum_share(states, group))
         torch._foreach_mul_(scale, learning_rate(group) / self.edge(group))
         return scale
-
-
-def learning_rate(group: Group) -> float:
-    """The scheduled rate of a group as a float; waits for the device if it is a tensor there."""
-    return float(group["lr"])
 
 
 def register_update_rule(optimizer_class: type, rule: UpdateRule) -> None:

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from warmctl.row_files import CsvFile, JsonlFile, Row, RowFile, Value, read_rows
+from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, Value, read_rows
 
 COLUMNS = (
     "step", "phase", "scale", "lr", "scheduled_lr", "loss", "sharpness", "threshold", "stability_ratio",

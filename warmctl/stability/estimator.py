@@ -10,17 +10,18 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration, power_step, ritz_step
-from warmctl.operators import HessianOperator, ScaledOperator
-from warmctl.replay import Replay
-from warmctl.update_rules import UpdateRule, learning_rate
+from warmctl.curvature.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration, power_step, ritz_step
+from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.loss.replay import Replay
+from warmctl.rates import learning_rate
+from warmctl.stability.measurement import Measurement, first_line
+from warmctl.stability.update_rules import UpdateRule
 from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like, significant
 
 log = logging.getLogger("warmctl")
@@ -36,74 +37,6 @@ LARGEST_SLACK = 100.0
 """Most by which the edge of a self-limiting rule is taken to be beyond its eigenvalue's."""
 Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one probe found. Ratios are dimensionless, at the full scheduled rate, with the edge of stability at 1.
-
-    Attributes:
-        ratio: r₁ = λ_max(D^½ H D^½), a lower bound of it by Lanczos; nan if the probe failed.
-        residual: of the Ritz pair, relative to the ratio.
-        sharpness: ratio in units of curvature, λ = r₁ τ / η of the first group with a rate.
-        threshold: τ of that group.
-        hvps: products; cost: gradient evaluations, all included.
-        reason: why it failed, or "".
-        share: the edge of this very step over its long-run value: below 1 while Adam's bias correction makes the
-            first steps bolder than momentum alone would, above it where a rule bounds the step by itself.
-        relative_update: ‖update‖ / ‖weights‖ of the preconditioned gradient at the full rate, median over matrices.
-        noisy: the share rests on the quotient along one gradient.
-    """
-
-    ratio: float
-    residual: float
-    sharpness: float
-    threshold: float
-    hvps: int
-    cost: float
-    reason: str = ""
-    share: float = 1.0
-    relative_update: float = 0.0
-    noisy: bool = False
-
-    @staticmethod
-    def values(found: Measurement | None) -> list[float]:
-        """As plain numbers, for a checkpoint; the words are not kept."""
-        numbers = [0.0] * len(_NUMBERS) if found is None else [float(getattr(found, name)) for name in _NUMBERS]
-        return [float(found is not None), *numbers]
-
-    @staticmethod
-    def from_values(values: Sequence[float]) -> Measurement | None:
-        """The inverse of `values`."""
-        there, *numbers = values
-        found = failed("it failed before the run was resumed")._with(numbers)
-        return None if not there else replace(found, reason="") if math.isfinite(found.ratio) else found
-
-    def _with(self, numbers: Sequence[float]) -> Measurement:
-        named: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
-        return replace(self, **{**named, "hvps": int(named["hvps"]), "noisy": bool(named["noisy"])})
-
-    def times(self, weight: float) -> Measurement:
-        """Of a loss `weight` times as large."""
-        return replace(self, ratio=self.ratio * weight, sharpness=self.sharpness * weight)
-
-    def agreed(self, device: torch.device) -> Measurement:
-        """The same on every rank: the mean over ranks. A failure on one rank is a failure on all."""
-        if distributed.world_size() == 1:
-            return self
-        agreed = distributed.agree([float(getattr(self, name)) for name in _NUMBERS], device)
-        found = self._with(agreed)
-        return (
-            found if math.isfinite(found.ratio) else replace(found, reason=self.reason or "it failed on another rank")
-        )
-
-
-_NUMBERS = [field.name for field in fields(Measurement) if field.name != "reason"]
-
-
-def failed(reason: str, cost: float = 0.0) -> Measurement:
-    """A probe that came to nothing."""
-    return Measurement(math.nan, math.nan, math.nan, math.nan, 0, cost, reason)
 
 
 class SharpnessEstimator:
@@ -330,8 +263,3 @@ def _step_slack(eigenvalue: float, along: float) -> float:
 
 def _local_state(state: dict[str, object]) -> dict[str, object]:
     return {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line, for a log or a reason."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

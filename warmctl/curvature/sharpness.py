@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warmctl.eigen import EigenResult, lanczos
-from warmctl.operators import HessianOperator
-from warmctl.replay import RandomState, Replay
+from warmctl.curvature.eigen import EigenResult, lanczos
+from warmctl.curvature.operators import HessianOperator
+from warmctl.loss.replay import RandomState, Replay
 from warmctl.vectors import Vector, add_, dot, locals_of
 
 FORWARD = 1e-2

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warmctl import checks
-from warmctl.probe import Evaluation
-from warmctl.replay import Closure, RandomState, intercept_backward, measuring
+from warmctl import arguments as checks
+from warmctl.loss.replay import Closure, RandomState, intercept_backward, measuring
+from warmctl.stability.probe import Evaluation
 from warmctl.vectors import local
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
-from warmctl.capture import ModelCapture, loss_scale
-from warmctl.estimator import Measurement, SharpnessEstimator, failed, first_line
-from warmctl.operators import HessianOperator
-from warmctl.replay import Closure, NotReplayable, RandomState, Replay, check_loss, no_trace
+from warmctl.curvature.operators import HessianOperator
+from warmctl.loss.captured import ModelCapture, loss_scale
+from warmctl.loss.replay import Closure, NotReplayable, RandomState, Replay, check_loss, no_trace
+from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.measurement import Measurement, failed, first_line
 from warmctl.vectors import Vector, add_, dense_gradient, locals_of
 
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
