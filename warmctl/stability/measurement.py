@@ -1,4 +1,4 @@
-"""What one probe found: the stability ratio at the full scheduled rate, with its residual, its price and, if it failed, why."""
+"""What one probe found: a stability ratio at the full scheduled rate, its residual and price, or why it failed."""
 
 from __future__ import annotations
 
