@@ -202,7 +202,7 @@ def memory(make: Callable[[], nn.Module], batches: Batches, rule: Callable[..., 
     training.step(next(stream))
     training.optimizer.zero_grad()
     if training.wrapped:
-        training.optimizer.estimator.vector = [v.clone() for v in training.optimizer.estimator.vector]
+        training.optimizer.meter.estimator.vector = [v.clone() for v in training.optimizer.meter.estimator.vector]
     held = 0 if steps is None else 1  # the eigenvector of the first probe was made outside
     gc.collect()
     batch = next(stream)

@@ -46,6 +46,7 @@ from warmctl.curvature.operators import HessianOperator, ScaledOperator
 from warmctl.distributed import inner_product
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement
+from warmctl.stability.meter import Meter
 from warmctl.vectors import Vector
 
 NAME = "defaults_are_measured"
@@ -148,18 +149,19 @@ class Realised(AdaptiveWarmup):
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
         super().__init__(optimizer, model, **options)
-        self.rule = None
+        self.meter.rule = None
 
 
-class LagOne(AdaptiveWarmup):
+class LagOneMeter(Meter):
     """Also probes where gᵀD^½v, v the tracked eigenvector, changes sign from step to step: a meter for free.
 
     Where its lag-1 correlation since the last probe is below −.3, over five pairs at least, and the budget allows.
     """
 
     value, pairs, products, squares = math.nan, 0, 0.0, 0.0
+    cadence: Cadence
 
-    def _measure(self, due: str, loss: Any, run: Any, params: list[Tensor]) -> Measurement | None:
+    def read(self, due: str, params: list[Tensor], rate: float, each_step: bool) -> Measurement | None:
         vector, before = self.estimator.vector, self.value
         if vector is not None:
             step = self.estimator._update(params, self.estimator.scaling(params)[0])
@@ -167,13 +169,22 @@ class LagOne(AdaptiveWarmup):
         if math.isfinite(before * self.value):
             self.pairs, self.products = self.pairs + 1, self.products + before * self.value
             self.squares += (before**2 + self.value**2) / 2
-        affordable = self.cadence.state.tokens >= self._probe_cost()
+        affordable = self.cadence.state.tokens >= self.expected_cost
         if not due and affordable and self.pairs >= 5 and self.products < -0.3 * self.squares:
             due = "lag-1 correlation"
-        found = super()._measure(due, loss, run, params)
+        found = super().read(due, params, rate, each_step)
         if found is not None:
             self.value, self.pairs, self.products, self.squares = math.nan, 0, 0.0, 0.0
         return found
+
+
+class LagOne(AdaptiveWarmup):
+    """With a `LagOneMeter`."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
+        super().__init__(optimizer, model, **options)
+        self.meter.__class__ = LagOneMeter
+        self.meter.cadence = self.cadence
 
 
 # -- the coordinates ----------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ class Variant:
     def __call__(self, optimizer: Optimizer, model: nn.Module) -> AdaptiveWarmup:
         wrapped = self.wrapper(optimizer, model, **self.options)
         for name, part in self.parts.items():
-            getattr(wrapped, name).__class__ = part
+            getattr(wrapped.meter if name == "estimator" else wrapped, name).__class__ = part
         return wrapped
 
     def code(self) -> str:

@@ -126,7 +126,7 @@ def seen(model: nn.Module, opt: AdaptiveWarmup, expected: float) -> dict[str, An
         "failures": [row["reason"] for row in rows if "failed" in row["reason"]],
         "sharpness": next(row["sharpness"] for row in rows if row["probed"]),
         "expected": expected,
-        "method": opt.estimator.method,
+        "method": opt.meter.estimator.method,
     }
 
 
@@ -309,9 +309,9 @@ def failure_on_one_rank() -> dict[str, Any]:
     outer = DistributedDataParallel(model)
     train(outer, opt, "captured", range(2))
     before = opt.metrics["scale"]
-    assert opt.last is not None
-    found = opt.last.times(float("nan") if dist.get_rank() == 1 else 0.5)
-    opt.prober.probe = lambda *arguments: found  # type: ignore[method-assign]
+    assert opt.meter.last is not None
+    found = opt.meter.last.times(float("nan") if dist.get_rank() == 1 else 0.5)
+    opt.meter.prober.probe = lambda *arguments: found  # type: ignore[method-assign]
     train(outer, opt, "captured", range(2, 3))
     return {"before": before, "after": opt.metrics["scale"], "reason": opt.metrics["reason"]}
 

@@ -300,9 +300,9 @@ def test_a_loss_or_gradient_that_is_not_finite_never_raises_the_scale(
             assert opt.metrics["scale"] <= scale
             assert opt.metrics["phase"] == "warmup"
             model.load_state_dict(start)  # as a loop does that goes back to its last good weights
-        assert opt.prober.closure_replays == (1.0 if at else -1.0)
+        assert opt.sources.verdict.repeats == (1.0 if at else -1.0)
         train(opt, model, range(3))
-    assert opt.last is not None and not opt.last.reason
+    assert opt.meter.last is not None and not opt.meter.last.reason
 
 
 @pytest.mark.parametrize("source", ["closure", "none"])
@@ -332,7 +332,7 @@ def test_all_zero_gradients(base: Any) -> None:
 
     for _ in range(3):
         opt.step(closure)
-    assert opt.last is not None and opt.last.ratio == 0.0
+    assert opt.meter.last is not None and opt.meter.last.ratio == 0.0
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
@@ -415,11 +415,11 @@ def test_a_probe_that_fails_leaves_training_as_it_was(name: str, allowed: int, c
             closure = closure_for(opt, model, batch_of(step))
             opt.step(closure)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
-    assert opt.last is not None
+    assert opt.meter.last is not None
     if allowed == 1 and name != "out of memory":  # taken for one that cannot be repeated
-        assert opt.prober.closure_replays == 0.0 and opt.last.ratio > 0
+        assert opt.sources.verdict.repeats == 0.0 and opt.meter.last.ratio > 0
     else:
-        assert opt.last.reason and math.isnan(opt.last.ratio)
+        assert opt.meter.last.reason and math.isnan(opt.meter.last.ratio)
         assert opt.metrics["scale"] == scale
     assert float(model.calls) == 3  # one a step
     assert opt.param_groups[0]["lr"] == 0.01
@@ -435,7 +435,7 @@ def test_memory_that_is_short_only_once_is_tried_again() -> None:
         opt.step(closure_for(opt, model, batch_of(0)))
     model.allowed = 1000
     opt.step(closure_for(opt, model, batch_of(1)))
-    assert opt.last is not None and not opt.last.reason and opt.prober.closure_replays == 1.0
+    assert opt.meter.last is not None and not opt.meter.last.reason and opt.sources.verdict.repeats == 1.0
 
 
 @pytest.mark.parametrize("allowed", [1, 2, 3])
@@ -460,10 +460,10 @@ def test_keyboard_interrupt_inside_a_probe(allowed: int, hvp: str) -> None:
     assert_same([p.detach() for p in model.parameters()], before)
     assert_same([p.grad for p in model.parameters()], grads)
     assert float(model.calls) == 1 and model.training and opt.param_groups[0]["lr"] == 0.1
-    assert torch.autograd.backward.__module__ == "torch.autograd" and opt.prober.capture._pending is None
+    assert torch.autograd.backward.__module__ == "torch.autograd" and opt.sources.captured.capture._pending is None
     model.allowed = 1000
     opt.step(closure_for(opt, model, batch_of(0)))
-    assert opt.last is not None and not opt.last.reason
+    assert opt.meter.last is not None and not opt.meter.last.reason
 
 
 class Attention(nn.Module):
@@ -521,15 +521,15 @@ def test_an_exact_product_that_the_model_does_not_have(source: str, hvp: str) ->
 
     if hvp == "auto" and source == "closure":
         step()
-        assert opt.last is not None and opt.last.ratio > 0
+        assert opt.meter.last is not None and opt.meter.last.ratio > 0
     else:
         with pytest.warns(RuntimeWarning, match="once_differentiable"):
             step()
-        assert opt.last is not None and math.isnan(opt.last.ratio)
+        assert opt.meter.last is not None and math.isnan(opt.meter.last.ratio)
     train(bare, twin, range(1))
     assert_same([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()])
     if source == "backward":
-        assert "opt.step(closure)" in opt.last.reason
+        assert "opt.step(closure)" in opt.meter.last.reason
 
 
 # What else happens in a loop -------------------------------------------------------------------------------
@@ -580,7 +580,7 @@ def test_parameters_frozen_and_thawed_between_probes() -> None:
     for frozen in (False, True, False):
         model[0].requires_grad_(not frozen)
         train(opt, model, range(2))
-        assert opt.last is not None and not opt.last.reason
+        assert opt.meter.last is not None and not opt.meter.last.reason
 
 
 # Remedies -----------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_a_bare_optimizer_sets_up_what_had_no_state_when_ours_was_saved(steps: i
     assert all("exp_avg" in bare.state[p] for p in model.parameters())
     again = AdaptiveWarmup(torch.optim.AdamW(model.parameters()), model)
     again.load_state_dict(opt.state_dict())
-    vectors = opt.estimator.vector, again.estimator.vector
+    vectors = opt.meter.estimator.vector, again.meter.estimator.vector
     assert vectors == (None, None) if steps == 0 else all(map(torch.equal, *vectors))
 
 

@@ -57,7 +57,7 @@ def test_every_variant_trains(variant: str, rule: Callable[..., Optimizer]) -> N
 
 @pytest.mark.parametrize("variant", [n for n, v in VARIANTS.items() if v.group in ("estimator", "products")])
 def test_another_reading_gives_another_run(variant: str) -> None:
-    default, other = (train(name, adam, steps=5)[0].last for name in (DEFAULT, variant))
+    default, other = (train(name, adam, steps=5)[0].meter.last for name in (DEFAULT, variant))
     assert default is not None and other is not None
     assert (default.ratio == other.ratio) == (VARIANTS[variant].wrapper is bench.LagOne)  # nothing flips, no trigger
 

@@ -78,8 +78,8 @@ def exact_ratio(opt: torch.optim.Optimizer, model: nn.Module, loss: Loss, batch:
 
 
 def measured(opt: AdaptiveWarmup) -> float:
-    assert opt.last is not None and not opt.last.reason, opt.last
-    return opt.last.ratio / opt.last.share  # of this very step
+    assert opt.meter.last is not None and not opt.meter.last.reason, opt.meter.last
+    return opt.meter.last.ratio / opt.meter.last.share  # of this very step
 
 
 def monitor(base: torch.optim.Optimizer, model: nn.Module, steps: int, **options: Any) -> AdaptiveWarmup:
@@ -122,9 +122,9 @@ def test_the_ratio_is_that_of_the_dense_matrix(name: str, trained: int, hvp: str
     expected = exact_ratio(base, model, loss_fn, batch)
     opt.step(closure_for(opt, model, batch))
     assert measured(opt) == pytest.approx(expected, rel=2e-3)
-    assert opt.last is not None
-    assert opt.metrics["stability_ratio"] == pytest.approx(opt.last.ratio)
-    curvature = opt.metrics["threshold"] / base.param_groups[0]["lr"] * opt.last.ratio
+    assert opt.meter.last is not None
+    assert opt.metrics["stability_ratio"] == pytest.approx(opt.meter.last.ratio)
+    curvature = opt.metrics["threshold"] / base.param_groups[0]["lr"] * opt.meter.last.ratio
     assert opt.metrics["sharpness"] == pytest.approx(curvature)
 
 
@@ -299,7 +299,7 @@ def test_rmsprops_edge_is_where_its_step_points_along_the_top_eigenvector() -> N
     u = np.sqrt(d) * np.concatenate([g.numpy().ravel() for g in gradient])
     along = u @ a @ u / (u @ u)
     opt.step(closure_for(opt, model, batch))
-    found = opt.last
+    found = opt.meter.last
     assert found is not None and found.noisy
     expected = min((found.ratio / along) ** 2, LARGEST_SLACK) if along > 0 else LARGEST_SLACK
     assert found.share == pytest.approx(max(expected, 1.0), rel=1e-6)
@@ -333,7 +333,7 @@ def test_only_adaptive_rules_without_momentum_limit_themselves(make: Any, limite
         opt.step(closure_for(opt, model, batch))
     rule = update_rule(opt.base)
     assert rule is not None and rule.self_limiting(opt.param_groups[0]) == limited
-    assert opt.last is not None and opt.last.noisy == limited
+    assert opt.meter.last is not None and opt.meter.last.noisy == limited
     assert 0 < INCOHERENT < 1
 
 
@@ -496,7 +496,7 @@ def test_kinks_do_not_make_a_probe_dearer_in_full_precision() -> None:
         return loss
 
     opt.step(closure)
-    assert opt.estimator.method == "finite_difference"
+    assert opt.meter.estimator.method == "finite_difference"
     assert opt.metrics["overhead"] == 1 + 1 + 4  # can it be repeated, in which precision, four products from cold
 
 
@@ -528,4 +528,4 @@ def test_no_graph_and_no_vector_survives_a_probe(hvp: str, source: str) -> None:
     gc.collect()
     assert len(graphs) >= 3 and measured(opt)
     assert not any(ref() is not None for ref in graphs)
-    assert opt.estimator.vector is not None and not any(v.requires_grad for v in opt.estimator.vector)
+    assert opt.meter.estimator.vector is not None and not any(v.requires_grad for v in opt.meter.estimator.vector)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from warmctl.curvature.operators import HessianOperator
-from warmctl.loss import replay
-from warmctl.loss.replay import NotReplayable, RandomState, Replay, intercept_backward
+from warmctl.loss import random_state
+from warmctl.loss.backward import intercept_backward
+from warmctl.loss.random_state import RandomState
+from warmctl.loss.replay import NotReplayable, Replay
 from warmctl.vectors import random_like
 
 
@@ -167,8 +169,8 @@ DRAWS: dict[str, Callable[[], object]] = {
 @pytest.fixture(params=[True, False], ids=["as in a fresh process", "after spare normals"])
 def generators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy's generator is watched by its words at first, and read in full once a spare normal was seen."""
-    monkeypatch.setattr(replay._NUMPY, "spares", not request.param)
-    monkeypatch.setattr(replay._NUMPY, "last", (None, None))
+    monkeypatch.setattr(random_state._NUMPY, "spares", not request.param)
+    monkeypatch.setattr(random_state._NUMPY, "last", (None, None))
 
 
 @pytest.mark.usefixtures("generators")
@@ -194,7 +196,7 @@ def test_whatever_was_drawn_is_drawn_again(before: str, between: str) -> None:
 @pytest.mark.usefixtures("generators")
 def test_numpys_state_is_read_again_only_where_the_generator_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     np.random.seed(3)
-    monkeypatch.setattr(replay._NUMPY, "spares", False)
+    monkeypatch.setattr(random_state._NUMPY, "spares", False)
     first = RandomState().numpy[1]
     assert RandomState().numpy[1] is first
     np.random.rand()

@@ -252,8 +252,8 @@ def test_micro_batches_are_probed_once_and_not_at_rate_zero(monkeypatch: pytest.
     model = mlp()
     opt = AdaptiveWarmup(SGD(model.parameters(), 0.0), model)
     probes = []
-    on_graph = opt.prober.on_graph
-    monkeypatch.setattr(opt.prober, "on_graph", lambda *args: (probes.append(1), on_graph(*args))[1])
+    on_graph = opt.meter.prober.on_graph
+    monkeypatch.setattr(opt.meter.prober, "on_graph", lambda *args: (probes.append(1), on_graph(*args))[1])
     opt.backward(loss_fn(model, batch_of(0)))
     opt.step()
     assert not probes
@@ -331,5 +331,5 @@ def test_adam_without_eps_and_an_entry_without_gradient() -> None:
         return loss
 
     closure()
-    root = opt.estimator.scaling([model.weight])[0][0]
+    root = opt.meter.estimator.scaling([model.weight])[0][0]
     assert torch.isfinite(root).all() and root[0, 3] == 0.0

@@ -54,8 +54,8 @@ def monitor(model: nn.Module, base: torch.optim.Optimizer | None = None, **optio
 
 
 def sharpness_of(opt: AdaptiveWarmup) -> float:
-    assert opt.last is not None and not opt.last.reason, opt.last
-    return opt.last.sharpness
+    assert opt.meter.last is not None and not opt.meter.last.reason, opt.meter.last
+    return opt.meter.last.sharpness
 
 
 def dense(model: nn.Module, batch: Any = None, loss: Any = loss_fn) -> float:
@@ -215,7 +215,7 @@ def test_a_probe_waits_for_a_step_with_a_batch(first: int, rule: Any) -> None:
             opt.observe(batch_of(step))
         probes = opt.metrics["probes"]
         opt.step()
-        opt._publish("", recorded=False)  # a rule that is not known is measured behind the step
+        opt._record("", keep=False)  # a rule that is not known is measured behind the step
         if opt.metrics["probes"] > probes:
             probed.append(step)
     assert probed == list(range(first, 36, 10))
@@ -418,7 +418,7 @@ def test_a_gradient_that_nobody_touched_is_not_computed_again() -> None:
         opt.zero_grad()
         loss_of(model(*batch_of(0))).backward()
         opt.step()
-        costs.append(opt.last.cost if opt.last else 0.0)
+        costs.append(opt.meter.last.cost if opt.meter.last else 0.0)
     assert costs == [5, 2, 2]  # twice the products from cold, and the check
 
 
@@ -513,7 +513,7 @@ def test_the_global_random_streams_are_repeated(stream: str) -> None:
         warnings.simplefilter("error")
         for _ in range(3):
             opt.step(closure)
-    assert opt.prober.closure_replays == 1.0 and sharpness_of(opt) > 0
+    assert opt.sources.verdict.repeats == 1.0 and sharpness_of(opt) > 0
 
 
 def test_dropout_and_batch_norm_can_be_repeated() -> None:
@@ -523,7 +523,7 @@ def test_dropout_and_batch_norm_can_be_repeated() -> None:
         warnings.simplefilter("error")
         for step in range(3):
             opt.step(closure_for(opt, model, batch_of(step)))
-    assert opt.prober.closure_replays == 1.0 and sharpness_of(opt) > 0
+    assert opt.sources.verdict.repeats == 1.0 and sharpness_of(opt) > 0
     assert int(model[1].num_batches_tracked) == 3
 
 
@@ -615,7 +615,7 @@ if hasattr(torch.optim, "Muon"):
 def test_unknown_rules_are_measured_along_the_update_they_make(name: str, clipped: bool) -> None:
     model = Quadratic()
     opt = monitor(model, UNKNOWN[name](model.parameters()))
-    assert opt.rule is None
+    assert opt.meter.rule is None
 
     def closure() -> Tensor:
         opt.zero_grad()
@@ -631,11 +631,11 @@ def test_unknown_rules_are_measured_along_the_update_they_make(name: str, clippe
         update = model.matrix.detach().flatten() - before
         gradient = model.curvature @ before
         expected = -0.5 * float(update @ model.curvature @ update) / float(gradient @ update)
-        assert opt.last is not None
+        assert opt.meter.last is not None
         if float(gradient @ update) < 0:
-            assert opt.last.ratio == pytest.approx(expected, rel=1e-6)
+            assert opt.meter.last.ratio == pytest.approx(expected, rel=1e-6)
         else:
-            assert "descend" in opt.last.reason
+            assert "descend" in opt.meter.last.reason
     assert opt.counts.probes == 3
 
 
@@ -653,7 +653,7 @@ def test_unknown_rule_under_control_gets_off_the_ground() -> None:
     first = float(model().detach())
     for _ in range(30):
         opt.step(closure)
-    assert opt.last is not None and opt.last.ratio > 0
+    assert opt.meter.last is not None and opt.meter.last.ratio > 0
     assert opt.metrics["scale"] > 1e-3 and float(model().detach()) < first
 
 
@@ -674,7 +674,7 @@ def test_ratio_of_an_unknown_rule_is_at_the_full_rate() -> None:
     full = (model.matrix.detach().flatten() - before) / opt.metrics["scale"]
     gradient = model.curvature @ before
     expected = -0.5 * float(full @ model.curvature @ full) / float(gradient @ full)
-    assert opt.last is not None and opt.last.ratio == pytest.approx(expected, rel=1e-6)
+    assert opt.meter.last is not None and opt.meter.last.ratio == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("change", [0.01, 100.0])
@@ -713,7 +713,7 @@ def test_restarting_forgets_the_reading_to_come() -> None:
 
     opt.step(closure)
     opt.restart()
-    assert opt.last is None
+    assert opt.meter.last is None
     opt.step(closure)
     assert not opt.history[-1]["probed"] and math.isnan(opt.metrics["stability_ratio"])
 

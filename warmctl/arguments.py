@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from warmctl.curvature.operators import METHODS
+from warmctl.proxy import OptimizerProxy
 from warmctl.stability.estimator import ESTIMATORS
 
 AFTER = ("guard", "hold", "release")
@@ -22,7 +22,7 @@ def wrapped(optimizer: Any, model: Any) -> None:
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; "
             "the arguments are AdaptiveWarmup(optimizer, model)"
         )
-    if hasattr(optimizer, "base") and hasattr(optimizer, "controller"):
+    if isinstance(optimizer, OptimizerProxy):
         raise TypeError("optimizer is an AdaptiveWarmup already: wrap the plain optimizer once")
     if isinstance(optimizer, LBFGS):
         raise TypeError(
@@ -93,37 +93,10 @@ def closure(closure: Any) -> None:
         )
 
 
-def returned_loss(loss: Any, has_gradient: bool, new_gradient: bool) -> None:
-    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step is let through.
-
-    Args:
-        has_gradient: a parameter has a gradient now; new_gradient: it is not the one from before the closure.
-    """
-    if isinstance(loss, Tensor) and loss.requires_grad and not new_gradient and bool(loss.detach().isfinite().all()):
-        raise RuntimeError("the closure returned a loss but did not call loss.backward() on it")
-    if not has_gradient or (loss is None and not new_gradient):
-        return
-    if loss is None:
-        raise TypeError("the closure returned None: it must return the loss it called backward on")
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return a scalar loss")
-    if not isinstance(loss, Tensor) and not hasattr(loss, "__float__"):
-        raise TypeError(f"the closure returned {type(loss).__name__}: it must return the scalar loss alone")
-
-
-def resumed(numbers: Any, expected: int, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-    """Raise unless the wrapper's part of a checkpoint fits; the base checks its own."""
-    if numbers is not None and len(numbers) != expected:
-        raise ValueError(
-            f"the checkpoint's warmctl state has {len(numbers)} numbers, not {expected}: its format is that of another "
-            "version. Load it there, or load a bare optimizer's state dict to begin warmup again"
-        )
-    for index, (part, p) in enumerate(zip(vector, params, strict=False)):
-        if part is not None and part.shape != p.shape:
-            raise ValueError(
-                f"trainable parameter {index} has shape {tuple(p.shape)}, but {tuple(part.shape)} in the checkpoint: "
-                "the parameter groups must be built as they were when it was saved"
-            )
+def loss(loss: Any) -> None:
+    """Raise unless `backward(loss)` can be called on it."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"backward(loss) takes a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

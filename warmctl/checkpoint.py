@@ -7,95 +7,116 @@ first probe (zeros): a sharded checkpoint is read into the structure that a fres
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from warmctl.state import FloatState
+from warmctl.state import Saved
 
 NUMBERS, VECTOR = "warmctl", "warmctl_vector"
-FORMAT = 1.0
+FORMAT = 2.0
 
 
-@dataclass
-class Counts(FloatState):
-    """Steps and probes made, what they cost in gradient evaluations, and what the first probe found out.
+class SavedState:
+    """The wrapper's numbers and eigenvector inside the state of the optimizer that it wraps.
 
-    Attributes:
-        method: index of the Hessian-vector product in use in `operators.METHODS`.
-        replays: whether the loss can be evaluated again: 1, .5 (but for clipping or a small term), 0, or −1 before it
-            was tried.
-        rate: that the reading along the last update was made at, for rules that are not known.
-        loss, norm: signals of the last step that an accelerator has not delivered yet.
-    """
-
-    steps: float = 0.0
-    gradients: float = 0.0
-    probes: float = 0.0
-    hvps: float = 0.0
-    cost: float = 0.0
-    method: float = 0.0
-    replays: float = -1.0
-    rate: float = math.nan
-    loss: float = math.nan
-    norm: float = math.nan
-
-
-def announce(optimizer: Optimizer, numbers: list[float]) -> None:
-    """Put the numbers into the live first group, for formats that read the keys to restore from there."""
-    optimizer.param_groups[0][NUMBERS] = torch.tensor([FORMAT, *numbers], dtype=torch.float64)
-
-
-def announce_vector(optimizer: Optimizer, vector: dict[Tensor, Tensor]) -> None:
-    """Put the vector beside the live moments until the next step, for formats that read the names of what to restore
-    there (torch.distributed.checkpoint with flatten_optimizer_state_dict=True).
-
-    Only after a first step, and not alone: see `pack`.
-    """
-    stateless = not any(optimizer.state.values())
-    for p, part in vector.items():
-        if not (stateless or optimizer.state.get(p)):
-            continue
-        optimizer.state[p][VECTOR] = _like(p, part)
-
-
-def withdraw_vector(optimizer: Optimizer, params: list[Tensor]) -> None:
-    """Undo `announce_vector`."""
-    for p in params:
-        if VECTOR in optimizer.state.get(p, ()):
-            del optimizer.state[p][VECTOR]
-            if not optimizer.state[p]:
-                del optimizer.state[p]
-
-
-def pack(
-    state_dict: dict[str, Any],
-    numbers: list[float],
-    params: list[Tensor],
-    vector: dict[Tensor, Tensor],
-    stateless: bool,
-) -> dict[str, Any]:
-    """A copy of the wrapped optimizer's `state_dict` with the wrapper's numbers and vector in it.
-
-    The vector goes beside the moments that are there. Alone in its entry it would break a bare optimizer that loads
-    the state dict: most take an entry that is not empty for one that they have set up.
+    Numbers and vector are announced in the live state too, for formats that read there what to restore.
 
     Args:
-        params: all parameters, in the order of the groups.
-        vector: this process's part of the eigenvector, by trainable parameter.
-        stateless: the optimizer does not mind: where it has no state at all, the vector is in entries of its own.
+        parts: all that is saved beside the eigenvector, always in one order.
     """
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    groups[0][NUMBERS] = torch.tensor([FORMAT, *numbers], dtype=torch.float64)
-    state = dict(state_dict["state"])
-    for index, p in enumerate(params):
-        if p in vector and (index in state_dict["state"] or (stateless and not state_dict["state"])):
-            state[index] = {**state.get(index, {}), VECTOR: _like(p, vector[p])}
-    return {**state_dict, "state": state, "param_groups": groups}
+
+    def __init__(self, optimizer: Optimizer, parts: Callable[[], Sequence[Saved]]) -> None:
+        self.optimizer, self.parts = optimizer, parts
+        self.stepped = False
+        self._announced: list[Tensor] = []
+
+    def announce(self) -> None:
+        """Put the numbers into the live first group."""
+        self.optimizer.param_groups[0][NUMBERS] = self._numbers()
+
+    def _numbers(self) -> Tensor:
+        values = [value for part in self.parts() for value in part.state_values()]
+        return torch.tensor([FORMAT, *values], dtype=torch.float64)
+
+    def begin_step(self) -> None:
+        """Take the vector out of the live state again: the optimizer is about to use it."""
+        self.stepped = True
+        for p in self._announced:
+            if VECTOR in self.optimizer.state.get(p, ()):
+                del self.optimizer.state[p][VECTOR]
+                if not self.optimizer.state[p]:
+                    del self.optimizer.state[p]
+        self._announced = []
+
+    def state_dict(self, vector: dict[Tensor, Tensor], measured: bool) -> dict[str, Any]:
+        """A copy of the wrapped optimizer's state dict with the wrapper's numbers and vector in it.
+
+        The vector goes beside the moments that are there. Alone in its entry it would break a bare optimizer that
+        loads the state dict: most take an entry that is not empty for one that they have set up.
+
+        Args:
+            vector: this process's part of the eigenvector, by trainable parameter.
+            measured: there is one; the zeros before the first probe need not travel with an optimizer without state.
+        """
+        saved = self.optimizer.state_dict()
+        groups = [dict(group) for group in saved["param_groups"]]
+        groups[0][NUMBERS] = self._numbers()
+        state = dict(saved["state"])
+        alone = not saved["state"] and (measured or isinstance(self.optimizer, SGD))  # SGD does not mind
+        for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            if p in vector and (index in saved["state"] or alone):
+                state[index] = {**state.get(index, {}), VECTOR: _like(p, vector[p])}
+        if self.stepped:
+            self._announce_vector(vector)
+        return {**saved, "state": state, "param_groups": groups}
+
+    def _announce_vector(self, vector: dict[Tensor, Tensor]) -> None:
+        """Put the vector beside the live moments until the next step (torch.distributed.checkpoint with
+        flatten_optimizer_state_dict=True reads names there). Only after a first step, and not alone.
+        """
+        state = self.optimizer.state
+        stateless = not any(state.values())
+        self._announced = [p for p in vector if stateless or state.get(p)]
+        for p in self._announced:
+            state[p][VECTOR] = _like(p, vector[p])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> list[Tensor | None] | None:
+        """Load the optimizer's part and the numbers. Returns the vector; None if a bare optimizer saved the state.
+
+        Raises: ValueError if the wrapper's part does not fit, before anything is loaded; the base checks its own.
+        """
+        bare, numbers, vector = unpack(state_dict)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trainable = [v for v, p in zip(vector, params, strict=False) if p.requires_grad]
+        _check_fits(numbers, len(self._numbers()) - 1, trainable, [p for p in params if p.requires_grad])
+        self.optimizer.load_state_dict(bare)
+        if numbers is None:
+            return None
+        for part in self.parts():
+            size = len(part.state_values())
+            part.load_state_values(numbers[:size])
+            numbers = numbers[size:]
+        return trainable
+
+
+def _check_fits(
+    numbers: list[float] | None, expected: int, vector: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> None:
+    if numbers is not None and len(numbers) != expected:
+        raise ValueError(
+            f"the checkpoint's warmctl state has {len(numbers)} numbers, not {expected}: its format is that of another "
+            "version. Load it there, or load a bare optimizer's state dict to begin warmup again"
+        )
+    for index, (part, p) in enumerate(zip(vector, params, strict=False)):
+        if part is not None and part.shape != p.shape:
+            raise ValueError(
+                f"trainable parameter {index} has shape {tuple(p.shape)}, but {tuple(part.shape)} in the checkpoint: "
+                "the parameter groups must be built as they were when it was saved"
+            )
 
 
 def unpack(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[float] | None, list[Tensor | None]]:

@@ -1,55 +1,37 @@
-"""AdaptiveWarmup: the wiring between a user's optimizer, the probe and the controller, and nothing else."""
+"""AdaptiveWarmup: one step of training, from its loss to its record. Wiring alone: it neither measures nor decides."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from warmctl import arguments as checks, checkpoint
+from warmctl import arguments
+from warmctl.checkpoint import SavedState
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
-from warmctl.curvature.operators import METHODS
-from warmctl.loss.captured import ModelCapture, loss_scale
-from warmctl.loss.live_graph import GraphProbe
-from warmctl.loss.replay import Closure, RandomState
-from warmctl.loss.scaler import lend_scaler, take_back_scaler
-from warmctl.loss.watch import ClosureRun, GradientWatch
-from warmctl.rates import ScaledRates, learning_rate
+from warmctl.loss.replay import Closure
+from warmctl.loss.sources import Sources
+from warmctl.proxy import OptimizerProxy
+from warmctl.rates import ScaledRates, largest_rate
 from warmctl.record.history import COLUMNS, History
-from warmctl.stability.estimator import SharpnessEstimator
-from warmctl.stability.measurement import Measurement, failed
-from warmctl.stability.probe import NO_SOURCE, Evaluation, Prober, RealisedUpdate
+from warmctl.stability.measurement import Measurement
+from warmctl.stability.meter import Meter
 from warmctl.stability.signals import StepSignals
-from warmctl.stability.update_rules import update_rule
-from warmctl.state import FloatState
-from warmctl.vectors import locals_of
-from warmctl.warning import warn
+from warmctl.state import Counts, Saved
 
 log = logging.getLogger("warmctl")
-
-UNKNOWN = (math.nan, math.nan, math.nan)
-PATIENCE = 10
-"""Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
-NOT_OBSERVED = (
-    f"warmctl: loss_fn was given, but observe(batch) was not called in {PATIENCE} steps: call opt.observe(batch) "
-    "before opt.step(). Until then the learning rate stays at 1 % of the schedule"
-)
-NO_RULE = (
-    "backward(loss) cannot measure {name}: it has no registered update rule, so it is measured along the update that "
-    "it makes, and that needs the loss again afterwards. Use opt.step(closure), or opt.observe(batch) with a loss_fn, "
-    "or warmctl.register_update_rule"
-)
+UNKNOWN = math.nan, math.nan, math.nan
+NOT_FINITE = Reading(math.nan, reason="the loss or its gradient is not finite")
 
 
-class AdaptiveWarmup(Optimizer):
+class AdaptiveWarmup(OptimizerProxy):
     """Learning-rate warmup without `warmup_steps`, around any PyTorch optimizer.
 
     Every few steps a probe measures the stability ratio of the coming update (edge of stability at 1); a controller
@@ -102,49 +84,31 @@ class AdaptiveWarmup(Optimizer):
         max_warmup: int | None = None,
         seed: int = 0,
     ) -> None:
-        checks.wrapped(optimizer, model)
-        checks.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
-        self.base = optimizer
-        self.model = model
-        self.control, self.probe_steps, self.seed = control, probe_steps, seed
-        self.rule = update_rule(optimizer)
-        self.estimator = SharpnessEstimator(optimizer, self.rule, hvp, estimator, probe_steps)
-        self.prober = Prober(model, self.estimator, loss_fn)
-        self.watch = GradientWatch(self._params())
+        arguments.wrapped(optimizer, model)
+        arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
+        super().__init__(optimizer)
+        self.model, self.control = model, control
+        self.counts = Counts()
+        self.sources = Sources(model, self.trainable, loss_fn)
+        self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence = Cadence(every=every, budget=budget)
-        self.counts = checkpoint.Counts(method=METHODS.index(hvp))
         self.history = History()
-        self.last: Measurement | None = None
+        self._rates, self._signals = ScaledRates(), StepSignals()
         self._row: tuple[Any, ...] = ()
-        self._graph_probe = GraphProbe()
-        self._update: RealisedUpdate | Measurement | None = None
-        self._reading: Measurement | None = None
-        self._in_closure = self._stepped = self._announced = False
-        self._rates = ScaledRates()
-        self._signals = StepSignals()
-        self._said: set[str] = set()
-        self._publish("")
-        checkpoint.announce(optimizer, self._numbers())
-
-    # The wrapped optimizer's own state, shared and never copied
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.base.defaults
+        self._saved = SavedState(optimizer, self._parts)
+        self._record("", keep=False)
+        self._saved.announce()
 
     @property
     def phase(self) -> str:
         """One of "warmup", "guard", "done"."""
         return self.controller.phase
+
+    @property
+    def _scale(self) -> float:
+        """That of the last step, as applied."""
+        return self.controller.applied if self.control else 1.0
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -159,27 +123,11 @@ class AdaptiveWarmup(Optimizer):
         beside = ("scheduled_lr", "loss", "probed")
         return {name: value for name, value in zip(COLUMNS, self._row, strict=True) if name not in beside}
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base.zero_grad(set_to_none=set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in PyTorch. Warmup starts again, as it does when parameters are thawed: they have never been measured."""
-        self.base.add_param_group(param_group)
-        self.restart()
-
-    def train(self) -> None:
-        """Forwarded for schedule-free optimizers; nothing for others."""
-        getattr(self.base, "train", lambda: None)()
-
-    def eval(self) -> None:
-        """Forwarded for schedule-free optimizers; nothing for others."""
-        getattr(self.base, "eval", lambda: None)()
-
     def __repr__(self) -> str:
         name = type(self.base).__name__
         return f"AdaptiveWarmup({name}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
 
-    # What the user calls
+    # One step
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -189,372 +137,154 @@ class AdaptiveWarmup(Optimizer):
         Args:
             closure: clears gradients, computes the loss, calls backward, returns the loss. A probe evaluates it again.
 
-        Returns: what the wrapped optimizer returns.
-        Raises: RuntimeError if there is no source of a loss; TypeError or ValueError for a closure that breaks its
-            contract. The parameters are as before then.
+        Returns what the wrapped optimizer returns. Raises RuntimeError if there is no source of a loss, TypeError or
+        ValueError for a closure that breaks its contract; the parameters are as before then.
         """
-        checks.closure(closure)
-        self._follow_freezing()
-        steps = self.counts.steps
-        if self._announced:
-            checkpoint.withdraw_vector(self.base, self._all_params())
-            self._announced = False
-        skipped = "found_inf" in self.__dict__ and lend_scaler(
-            self, self.base, [] if self.phase == "done" else self._all_params()
-        )
-        result: Any
+        arguments.closure(closure)
+        skipped = self._begin_step()
         try:
-            if closure is not None:
-                result = self.base.step(self._deciding(closure))
-                self._measure_update()
-                return result
-            if not skipped:
-                self._decide(self.prober.capture.loss if self._graph_probe.loss is None else self._graph_probe.loss)
-            result = self.base.step()
-            self._measure_update()
+            if closure is None:
+                if not skipped:
+                    self._decide(self.sources.loss)
+                result: Any = self.base.step()
+            else:  # evaluated in there, before the rates are read
+                result = self.base.step(self.sources.deciding(closure, self._decide, self._backward))
+            self.meter.after_update(self._scale, self.trainable)
             return result
         finally:
-            self._finish()
-            if self.counts.steps == steps and not any(learning_rate(group) for group in self.param_groups):
-                self._row = tuple(
-                    0.0 if name == "lr" else value for name, value in zip(COLUMNS, self._row, strict=True)
-                )
+            self._end_step()
 
     step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
 
+    def _decide(self, loss: Tensor | None) -> None:
+        """The gradient of the step is there: read its signals, probe if it is time, ask the controller, scale.
+
+        Args:
+            loss: the step's, detached; None if unknown.
+        """
+        rate, params = largest_rate(self.param_groups), self.trainable
+        if rate <= 0.0:  # the step moves nothing
+            self._row = tuple(0.0 if name == "lr" else v for name, v in zip(COLUMNS, self._row, strict=True))
+        if rate <= 0.0 or not self.has_gradient:
+            return
+        gradients = self.sources.gradients
+        self.counts.steps += 1
+        self.counts.gradients += gradients
+        if self.phase == "done":
+            self._coast(rate, loss)
+            return
+        value, norm, finite = self._signals.read(loss, params)
+        guarding = self.phase != "warmup" and not self.controller.rising(rate)
+        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, gradients)
+        found = self.meter.read(due, params, rate, self.cadence.every == 1) if finite else None
+        reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
+        decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)
+        if found is not None:
+            self.cadence.probed(found.cost, decision.closeness)
+        self._rates.scale(self.param_groups, self._scale)
+        ratio = decision.ratio if self.control else decision.ratio / decision.scale
+        self._record(decision.reason, None if loss is None else value, found is not None, ratio)
+
+    def _coast(self, rate: float, loss: Tensor | None) -> None:
+        """Warmup is done: nothing is measured, and no device is waited for."""
+        self.sources.rest()
+        self.controller.update(rate)
+        self._rates.scale(self.param_groups, self._scale)
+        self._record("", None if loss is None or loss.device.type != "cpu" else float(loss))
+
+    def _backward(self, loss: Tensor, backward: Callable[[], None]) -> None:
+        """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
+        self.sources.graph.begin_pass(loss, self.has_gradient)
+        if self.phase != "done" and largest_rate(self.param_groups) > 0.0:
+            self.meter.before_backward(loss, self.trainable)
+        backward()
+
+    def _begin_step(self) -> bool:
+        """Follow what has changed since the last one. True if a GradScaler will have the base skip this one."""
+        self._saved.begin_step()
+        if self.sources.follow(self.trainable):  # thawed or added parameters have never been measured
+            self.restart()
+        skipped = self._lend_scaler()
+        if not skipped and self.phase != "done":
+            self._unscale(self.all_params)
+        return skipped
+
+    def _end_step(self) -> None:
+        """After the update: the schedule's own rates again, the batch forgotten."""
+        self._rates.restore(self.param_groups)
+        self.sources.next_step(measured_on_graph=self.meter.next_step())
+        self._take_back_scaler()
+
+    def _record(
+        self, reason: str, loss: float | None = None, probed: bool = False, ratio: float = math.nan, keep: bool = True
+    ) -> None:
+        """The row of this step, in the order of `COLUMNS`; a new phase is logged."""
+        if keep and self.phase != self._row[1]:
+            log.info("step %d: %s", int(self.counts.steps), reason)
+        counts, last, scale = self.counts, self.meter.last, self._scale
+        scheduled = self._rates.scheduled(self.param_groups)
+        sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
+        self._row = (
+            *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
+            *(self.controller.target, residual, int(counts.hvps), int(counts.probes), counts.overhead, probed, reason),
+        )
+        if keep:
+            self.history.record(self._row)
+
     def backward(self, loss: Tensor) -> None:
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"backward(loss) takes a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
-        if self._in_closure:  # `step` sees to it
+        arguments.loss(loss)
+        if self.sources.in_closure:  # `step` sees to it
             loss.backward()  # type: ignore[no-untyped-call]
         else:
-            self._backward_on_graph(loss, lambda: loss.backward())  # type: ignore[no-untyped-call]
+            self._backward(loss, lambda: loss.backward())  # type: ignore[no-untyped-call]
 
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
-        if self.prober.loss_fn is None:
+        if self.sources.observed.loss_fn is None:
             raise ValueError("observe(batch) needs AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)")
-        self.prober.observed = batch, RandomState({p.device for p in self._params()})
+        self.sources.observed.observe(batch, self.trainable)
 
     def restart(self) -> None:
         """Begin warmup again from here."""
         self.controller.restart()
         self.cadence.restart()
-        self.estimator.vector = self.last = self._reading = None
-        self.prober.capture.enabled = self.watch.marking = True
+        self.meter.restart()
+        self.sources.wake()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in PyTorch. Warmup starts again, as it does when parameters are thawed: they have never been measured."""
+        super().add_param_group(param_group)
+        self.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: tensors and primitives only.
 
         It is larger than the former by one parameter-sized vector, the eigenvector.
         """
-        params = self._params()
-        vector, shapes = self.estimator.vector, locals_of(params)
-        if vector is None or [v.shape for v in vector] != [t.shape for t in shapes]:  # frozen or thawed since
-            vector = [torch.zeros_like(t) for t in shapes]
-        by_param = dict(zip(params, vector, strict=True))
-        stateless = isinstance(self.base, SGD) or self.estimator.vector is not None
-        packed = checkpoint.pack(self.base.state_dict(), self._numbers(), self._all_params(), by_param, stateless)
-        if self._stepped:
-            checkpoint.announce_vector(self.base, by_param)
-            self._announced = True
-        return packed
+        return self._saved.state_dict(self.meter.eigenvector(self.trainable), self.meter.estimator.vector is not None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
 
         Raises: ValueError if the parameter groups have another layout than those that were saved.
         """
-        bare, numbers, vector = checkpoint.unpack(state_dict)
-        trainable = [v for v, p in zip(vector, self._all_params(), strict=False) if p.requires_grad]
-        checks.resumed(numbers, len(self._numbers()), trainable, self._params())
-        self.base.load_state_dict(bare)
-        if numbers is None:
+        vector = self._saved.load_state_dict(state_dict)
+        if vector is None:
             self.restart()
-            checkpoint.announce(self.base, self._numbers())
-            return
-        for part in self._parts():
-            size = len(part.state_values())
-            part.load_state_values(numbers[:size])
-            numbers = numbers[size:]
-        size = len(numbers) // 2
-        self.last, self._reading = Measurement.from_values(numbers[:size]), Measurement.from_values(numbers[size:])
-        self._signals = StepSignals(self.counts.loss, self.counts.norm)
-        self.estimator.method, self.prober.closure_replays = METHODS[int(self.counts.method)], self.counts.replays
-        self.watch.marking = True
-        self.estimator.load_vector(trainable, self._params())
-        self._publish("resumed", recorded=False)
-        checkpoint.announce(self.base, self._numbers())
+        else:
+            self.sources.watch.marking = True
+            self.meter.estimator.load_vector(vector, self.trainable)
+            self._record("resumed", keep=False)
+        self._saved.announce()
 
-    # One step
+    def _parts(self) -> tuple[Saved, ...]:
+        controller, cadence, meter, sources = self.controller.state, self.cadence.state, self.meter, self.sources
+        return controller, cadence, self.counts, sources.graph, sources.captured, sources.verdict, meter, self._signals
 
-    def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
-        """Run `backward`; before it, a probe on the graph if one is wanted and nothing can be evaluated again."""
-        probe = self._graph_probe
-        if probe.passes and not self._has_gradient():
-            probe.passes = 0  # the step of those passes was skipped
-        probe.passes, probe.loss = probe.passes + 1, loss.detach() / loss_scale(loss)
-        measure = probe.wanted and probe.passes == probe.passes_before and self._largest_rate() > 0.0
-        measure = measure and self.phase != "done" and self.rule is not None and not self.prober.expects_source()
-        if measure:
-            probe.found = self.prober.on_graph(loss, self._params(), self._probe_seed())
-        backward()
 
-    def _deciding(self, closure: Closure) -> Closure:
-        """The closure for the wrapped optimizer: its first evaluation decides the step, before the rates are read."""
-        called = False
-
-        def evaluate() -> Any:
-            nonlocal called
-            if called or self.phase == "done":
-                with torch.enable_grad():
-                    loss = closure()
-                if not called:
-                    self._decide(loss.detach() if isinstance(loss, Tensor) else None)
-                called = True
-                return loss
-            called = True
-            self.prober.capture.remove()  # the closure is the better source
-            on_graph = self._backward_on_graph if self.prober.closure_replays == 0.0 else None
-            run = ClosureRun(closure, self._params(), self.watch, on_graph)
-            self._in_closure = True
-            try:
-                loss = run.evaluate()
-                self._decide(run.loss, run)
-            finally:
-                self._in_closure = False
-            return loss
-
-        return evaluate
-
-    def _decide(self, loss: Tensor | None, run: ClosureRun | None = None) -> None:
-        """Probe if due, ask the controller, scale the rates. Does nothing for a step that moves nothing.
-
-        Args:
-            loss: the step's, detached; None if unknown.
-            run: the evaluation of the closure that led to it, if that was watched.
-        """
-        rate = self._largest_rate()
-        if rate <= 0.0 or not self._has_gradient():
-            return
-        self.counts.steps += 1
-        gradients = 1 if run is not None else max(self.watch.passes, self._graph_probe.passes, 1)
-        self.counts.gradients += gradients
-        if self.phase == "done":
-            self.prober.capture.remove()  # nothing will be measured
-            self.watch.marking = False
-            self._scale_rates(self.controller.update(rate).scale)
-            known = loss is not None and loss.device.type == "cpu"  # never wait for a device here
-            self._publish("", loss=float(loss) if known and loss is not None else None)
-            return
-        params = self._params() if run is None else run.params
-        value, norm = self._signals.read(loss, params)
-        guarding = self.phase != "warmup" and not self.controller.rising(rate)
-        due = self.cadence.due(value, norm, self._probe_cost(), guarding, gradients)
-        broken = self._broken(loss is not None, value, norm, params[0].device)
-        found = None if broken else self._measure(due, loss, run, params)
-        if found is not None and self.rule is not None:
-            found = self._account(found)
-        reading = None
-        if found is not None:
-            tolerant = self.rule is not None and self.rule.tolerates_overshoot
-            reading = Reading(
-                found.ratio, found.share, found.relative_update, tolerant, bool(found.noisy), found.reason
-            )
-        if broken:
-            reading = Reading(math.nan, reason="the loss or its gradient is not finite")
-        was = self.phase
-        decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)
-        if found is not None:
-            self.cadence.probed(found.cost, decision.closeness)
-        if self.phase != was:
-            log.info("step %d: %s", int(self.counts.steps), decision.reason)
-        self._scale_rates(decision.scale)
-        ratio = decision.ratio if self.control or not decision.scale else decision.ratio / decision.scale
-        self._publish(decision.reason, None if loss is None else value, found is not None, ratio)
-
-    def _account(self, found: Measurement) -> Measurement:
-        """Book a probe."""
-        found = found.agreed(self._params()[0].device)
-        self.last = found
-        self.counts.probes += 1
-        self.counts.hvps += found.hvps
-        self.counts.cost += found.cost
-        self.counts.method = METHODS.index(self.estimator.method)
-        self.counts.replays = self.prober.closure_replays
-        if found.reason:
-            self._warn(found.reason)
-        return found
-
-    def _broken(self, known: bool, loss: float, norm: float, device: torch.device) -> bool:
-        """Whether the loss or the gradient is not finite; in an accelerator's first step nan is not known yet."""
-        unknown = math.isnan(norm) and self.counts.steps == 1 and device.type != "cpu"
-        return not unknown and not (math.isfinite(norm) and (not known or math.isfinite(loss)))
-
-    def _measure(
-        self, due: str, loss: Tensor | None, run: ClosureRun | None, params: list[Tensor]
-    ) -> Measurement | None:
-        """The reading for this step, if there is one: made now, on the live graph before, or on the last update."""
-        graph = self._graph_probe
-        if self.rule is not None and graph.found is not None:
-            return graph.found.times(graph.passes)
-        if run is not None and run.skipped:
-            due = ""
-        if self.rule is None:
-            found = self._last_update()
-            if due and (found is None or self.cadence.every == 1):  # else `due` has not heard of this probe yet
-                self._begin_update(self._evaluation(loss, run), params)
-            return found
-        if not due:
-            return None
-        evaluation = self._evaluation(loss, run)
-        if self.prober.has_source(evaluation):
-            return self.prober.probe(evaluation, params, self._probe_seed())
-        if graph.passes == 0 and self.prober.closure_replays == 0.0:
-            return failed(self.prober.why_no_source)
-        if graph.passes == 0:
-            self._no_source()
-        graph.wanted = graph.wanted or graph.passes > 0
+def _reading(found: Measurement | None, tolerant: bool) -> Reading | None:
+    """What the controller takes in of what was measured."""
+    if found is None:
         return None
-
-    def _evaluation(self, loss: Tensor | None, run: ClosureRun | None) -> Evaluation:
-        return Evaluation(loss=loss, untouched=self.watch.untouched) if run is None else run.evaluation()
-
-    def _last_update(self) -> Measurement | None:
-        """The reading along the last update, where the rule is not known, at the rate of that."""
-        found, self._reading = self._reading, None
-        if found is None:
-            return None
-        return replace(found, ratio=found.ratio * self._largest_rate() / self.counts.rate)
-
-    def _begin_update(self, evaluation: Evaluation, params: list[Tensor]) -> None:
-        if self.prober.closure_replays != 0.0 and not self.prober.has_source(evaluation):
-            if self._graph_probe.passes:
-                raise RuntimeError(NO_RULE.format(name=type(self.base).__name__))
-            return self._no_source()
-        self._update = self.prober.before_update(evaluation, params)
-        self.counts.rate = self._largest_rate()
-
-    def _no_source(self) -> None:
-        """Raise at the first probe. One that has been made, or a batch that may be observed later, is worth waiting."""
-        if self.counts.probes == 0 and self.prober.loss_fn is None:
-            raise RuntimeError(NO_SOURCE)
-        if self.counts.probes == 0 and self.counts.steps == PATIENCE:
-            warn(NOT_OBSERVED)
-
-    def _measure_update(self) -> None:
-        """The reading for the next step, where the rule is not known: along the update just made."""
-        if self._update is not None:
-            scale = self.controller.applied if self.control else 1.0
-            update = self._update
-            found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
-            self._reading = self._account(found)
-
-    def _finish(self) -> None:
-        """After the update: the schedule's own rates again, the batch forgotten."""
-        self._stepped = True
-        self._rates.restore(self.param_groups)
-        self._update = None
-        self._graph_probe.next_step()
-        self.prober.forget()
-        self.watch.clear()
-        take_back_scaler(self.base)
-
-    def _scale_rates(self, scale: float) -> None:
-        if self.control and scale != 1.0:
-            self._rates.scale(self.param_groups, scale)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        return bool(getattr(self.base, "_step_supports_amp_scaling", False))
-
-    def _all_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _params(self) -> list[Tensor]:
-        """The trainable parameters, group by group."""
-        return [p for p in self._all_params() if p.requires_grad]
-
-    def _follow_freezing(self) -> None:
-        """Begin again where parameters have been thawed or added: they have never been measured."""
-        params = self._params()
-        if len(params) == len(self.watch.params):
-            return
-        if len(params) > len(self.watch.params):
-            self.restart()
-        self.watch.remove()
-        self.watch = GradientWatch(params)
-
-    def _has_gradient(self) -> bool:
-        return any(p.grad is not None for group in self.param_groups for p in group["params"] if p.requires_grad)
-
-    def _largest_rate(self) -> float:
-        return max((learning_rate(group) for group in self.param_groups), default=0.0)
-
-    def _probe_cost(self) -> float:
-        return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
-
-    def _probe_seed(self) -> int:
-        return self.seed + int(self.counts.probes)
-
-    def _warn(self, reason: str) -> None:
-        """Say once for each kind of failure what went wrong; the numbers are in the history."""
-        kind = reason.split(":")[0]
-        if kind not in self._said:
-            self._said.add(kind)
-            warn(f"warmctl: a probe failed, the learning rate is held: {reason}")
-
-    def _publish(
-        self,
-        reason: str,
-        loss: float | None = None,
-        probed: bool = False,
-        ratio: float = math.nan,
-        recorded: bool = True,
-    ) -> None:
-        """Keep the row of this step, in the order of `COLUMNS`."""
-        counts, last = self.counts, self.last
-        scale = self.controller.applied if self.control else 1.0
-        scheduled = self._rates.scheduled(self.param_groups)
-        steps, overhead = int(counts.steps), counts.cost / max(counts.gradients, 1.0)
-        sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
-        self._row = (
-            *(steps, self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
-            *(self.controller.target, residual, int(counts.hvps), int(counts.probes), overhead, probed, reason),
-        )
-        if steps and recorded:
-            self.history.record(self._row)
-
-    # State
-
-    def _parts(self) -> tuple[FloatState, FloatState, FloatState, GraphProbe, ModelCapture]:
-        return self.controller.state, self.cadence.state, self.counts, self._graph_probe, self.prober.capture
-
-    def _numbers(self) -> list[float]:
-        self.counts.loss, self.counts.norm = self._signals.delayed
-        values = [value for part in self._parts() for value in part.state_values()]
-        return [*values, *Measurement.values(self.last), *Measurement.values(self._reading)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # "step": a scheduler's patch on the instance, bound to the original.
-        transient = {"watch", "_update", "_rates", "grad_scale", "found_inf", "step"}
-        return {name: value for name, value in self.__dict__.items() if name not in transient}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.estimator.optimizer = self.base
-        self.watch = GradientWatch(self._params())
-        self._update, self._rates = None, ScaledRates()
-
-
-# The hooks of the wrapper are those of the base, so that they are registered once and fire once.
-for _name in (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-):
-    setattr(AdaptiveWarmup, _name, property(lambda self, name=_name: getattr(self.base, name)))  # type: ignore[misc]
+    return Reading(found.ratio, found.share, found.relative_update, tolerant, found.noisy, found.reason)

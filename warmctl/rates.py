@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,11 @@ def learning_rate(group: Mapping[str, Any]) -> float:
     return float(group["lr"])
 
 
+def largest_rate(groups: Sequence[Mapping[str, Any]]) -> float:
+    """The largest scheduled rate of all groups; 0 without any."""
+    return max((learning_rate(group) for group in groups), default=0.0)
+
+
 class ScaledRates:
     """Tensor rates are filled in place and never read, which would make a device wait."""
 
@@ -21,6 +26,8 @@ class ScaledRates:
         self._written: list[tuple[Any, int]] = []
 
     def scale(self, groups: list[dict[str, Any]], factor: float) -> None:
+        if factor == 1.0:  # bitwise the bare optimizer
+            return
         rates = [group["lr"] for group in groups]
         self._full = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         for tensor in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
@@ -45,6 +52,9 @@ class ScaledRates:
         for rate, full in restored.values():
             rate.copy_(full)
         self._full = None
+
+    def __reduce__(self) -> Any:
+        return ScaledRates, ()
 
     def scheduled(self, groups: list[dict[str, Any]]) -> float:
         """The first group's rate without the scale."""

@@ -25,7 +25,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from warmctl.loss.replay import Replay, _graph_nodes, check_graph, check_loss, twice_differentiable
+from warmctl.loss.backward import check_graph, check_loss, graph_nodes, twice_differentiable
+from warmctl.loss.replay import Replay
 from warmctl.vectors import Vector, add_, dot, local, locals_of, scale_
 
 METHODS = ("auto", "double_backward", "forward_over_reverse", "finite_difference")
@@ -383,7 +384,7 @@ def _connected_gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bo
         loss, list(params), create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     # autograd.grad walks round these nodes without a word: the product would be wrong, not missing.
-    if create_graph and any(node.name() == "torch::autograd::Error" for node in _graph_nodes(gradient)):
+    if create_graph and any(node.name() == "torch::autograd::Error" for node in graph_nodes(gradient)):
         raise RuntimeError("a function of the model is once_differentiable: it has no second derivative")
     return gradient
 

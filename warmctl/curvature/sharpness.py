@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from warmctl.curvature.eigen import EigenResult, lanczos
 from warmctl.curvature.operators import HessianOperator
-from warmctl.loss.replay import RandomState, Replay
+from warmctl.loss.random_state import RandomState
+from warmctl.loss.replay import Replay
 from warmctl.vectors import Vector, add_, dot, locals_of
 
 FORWARD = 1e-2

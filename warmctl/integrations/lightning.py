@@ -28,7 +28,7 @@ class WarmupLogger(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            unwrap(optimizer).prober.around = partial(_nothing_logged, trainer, pl_module)
+            unwrap(optimizer).meter.prober.around = partial(_nothing_logged, trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
@@ -37,7 +37,7 @@ class WarmupLogger(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for optimizer in trainer.optimizers:
-            unwrap(optimizer).prober.around = nullcontext
+            unwrap(optimizer).meter.prober.around = nullcontext
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""Where the loss comes from when the user's loop does not hand over a closure.
+"""The loss that a model returns itself (Hugging Face, nanoGPT), recorded by a forward hook.
 
-A model that returns its own loss (Hugging Face, nanoGPT) is recorded by a forward hook: the arguments of its last
-training forward, the random state and the autocast mode before it. Nothing in the user's loop changes.
+What is recorded: the arguments of the last training forward, the random state and the autocast mode before it. Nothing
+in the user's loop changes.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,12 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warmctl.distributed import is_sharded
-from warmctl.loss.replay import RandomState, measuring
-from warmctl.vectors import wide
+from warmctl import distributed
+from warmctl.loss.marks import GradientWatch
+from warmctl.loss.no_trace import measuring
+from warmctl.loss.random_state import RandomState
+from warmctl.loss.scaler import SCALED
+from warmctl.loss.source import CLOSE, EXACT, NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.vectors import Vector, add_, dense_gradient, wide
 
-SCALED = 4096.0
-"""A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
+NOT_CAPTURED = (
+    "the model's own loss is not what is trained on: its gradient is not the gradient of the step. Give opt.step() a "
+    "closure, or call opt.backward(loss) in place of loss.backward()."
+)
+SCALED_BACK = 1e-3
+"""Relative distance from the unscaled loss's gradient, at which that of the step was scaled and scaled back."""
 
 
 def find_loss(output: Any) -> Tensor | None:
@@ -30,17 +39,6 @@ def find_loss(output: Any) -> Tensor | None:
     items = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
     scalars = [t for t in items if isinstance(t, Tensor) and t.ndim == 0 and t.requires_grad]
     return scalars[0] if len(scalars) == 1 else None
-
-
-def loss_scale(loss: Tensor) -> Tensor:
-    """What a gradient scaler has multiplied `loss` by, its last operation; 1 if none has. No device waits for it."""
-    factor = getattr(loss.grad_fn, "_saved_other", None) if type(loss.grad_fn).__name__ == "MulBackward0" else None
-    if not isinstance(factor, Tensor) or factor.numel() != 1:
-        return torch.ones(())
-    factor = factor.detach().float()
-    # A GradScaler's factors are powers of two; below 16 they are taken for a weight that the user gave the loss.
-    scaled = (factor >= SCALED) | ((factor >= 16.0) & (torch.frexp(factor).mantissa == 0.5))
-    return torch.where(scaled, factor, 1.0).reshape(())
 
 
 class ModelCapture:
@@ -148,16 +146,10 @@ class ModelCapture:
     def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
         if self.enabled and not measuring():
             params = list(self.model.parameters())
-            if self.weights and not is_sharded(params) and all(p.grad is None for p in params):
+            if self.weights and not distributed.is_sharded(params) and all(p.grad is None for p in params):
                 self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
             self._call, self.random_state, self.loss = call, state, loss
             self.weights.append(gradient.detach())
-
-    def __reduce__(self) -> Any:
-        return ModelCapture, (self.model,), self.state_values()
-
-    def __setstate__(self, values: list[float]) -> None:
-        self.load_state_values(values)
 
     def state_values(self) -> list[float]:
         return [float(self.enabled), float(self.trained_on), float(self.scaled)]
@@ -166,6 +158,86 @@ class ModelCapture:
         self.enabled, self.trained_on, self.scaled = map(bool, values)
         if not self.enabled:
             self.remove()
+
+
+class CapturedSource:
+    """The model's own loss, if the loop trains on it: the first time, its gradient must be that of the step."""
+
+    def __init__(self, model: nn.Module, verdict: Verdict, watch: GradientWatch) -> None:
+        self.verdict, self.watch = verdict, watch
+        self.capture = ModelCapture(model)
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.capture.weights) and self.verdict.repeats != NEVER
+
+    @property
+    def expected(self) -> bool:
+        """Whether it will be ready after the backward pass, as far as can be told before it."""
+        return self.capture.forwards > 0 and self.capture.trained_on and self.verdict.repeats != NEVER
+
+    def forget(self) -> None:
+        self.capture.clear()
+
+    def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
+        """Cost: 0 where `.grad` is the gradient of one untouched pass, else 1."""
+        closure = self.capture.closure()
+        if closure is None:
+            return None
+        present = [dense_gradient(p) for p in params] if self.watch.untouched else None
+        replay = replays.of(closure, params, self.capture.random_state)
+        single = len(self.capture.weights) == 1
+        held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
+        alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)
+        if present is not None and single and alone and self.verdict.repeats == EXACT:
+            return StepLoss(replay, present)
+        gradient = replay.gradient()[1]
+        inner = distributed.inner_product(params)
+        step = [dense_gradient(p) for p in params]
+        reach, size = inner(step, gradient), inner(gradient, gradient)
+        if single and self.verdict.repeats == UNTRIED:
+            weight = self.capture.weight()
+            if weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK:
+                self.capture.scaled = True
+                return self.step_loss(params, replays)
+            self._compare(step, gradient, weight, present is not None, inner)
+            if self.verdict.repeats == NEVER:
+                return None
+        # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
+        # them than that one does; a sum does.
+        summed = self.capture.scaled and reach > 1.05 * size
+        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0)
+
+    def _compare(
+        self,
+        step: Vector,
+        gradient: Vector,
+        weight: float,
+        untouched: bool,
+        inner: Callable[[Vector, Vector], float],
+    ) -> None:
+        """Is the gradient of the step that of the model's own loss? A loop may add other terms, or use none of it."""
+        reach, size = inner(step, gradient), inner(gradient, gradient)
+        # A prediction E, trained on by f(E), has the gradient f'(E)∇E, and f'(E) is the weight.
+        predicts = self.capture.bare and weight != 1.0
+        alike = reach >= 0.99 * math.sqrt(size * inner(step, step))  # not so where one is nan
+        if predicts or not alike:
+            self.verdict.repeats, self.verdict.why_not = NEVER, NOT_CAPTURED
+            return
+        rest = add_([s.clone() for s in step], gradient, -1.0)
+        self.verdict.repeats = EXACT if untouched and inner(rest, rest) <= 1e-6 * size else CLOSE
+
+    def state_values(self) -> list[float]:
+        return self.capture.state_values()
+
+    def load_state_values(self, values: list[float]) -> None:
+        self.capture.load_state_values(values)
+
+    def __reduce__(self) -> Any:
+        return CapturedSource, (self.capture.model, self.verdict, self.watch), self.state_values()
+
+    def __setstate__(self, values: list[float]) -> None:
+        self.load_state_values(values)
 
 
 class _Hook:

@@ -1,33 +1,38 @@
-"""What a probe on the live graph of `backward(loss)` remembers from step to step."""
+"""The live graph of `backward(loss)`: for a loss that cannot be evaluated again, measured before it is freed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from warmctl.stability.measurement import Measurement
+from warmctl.loss.scaler import loss_scale
 
 
-@dataclass
-class GraphProbe:
-    """A probe on the live graph of `backward(loss)`: asked for at one step, made in the last backward of the next.
+class LiveGraph:
+    """Counts the backward passes of a step: a probe asked for at one step is made in the last pass of the next.
 
     Attributes:
-        wanted: asked for; found: what it found at this step.
+        wanted: a probe was asked for.
         passes, passes_before: backward passes of this step and of the last.
         loss: of the last pass, detached, without the factor of a gradient scaler.
     """
 
-    wanted: bool = True
-    found: Measurement | None = None
-    passes: int = 0
-    passes_before: int = 1
-    loss: Tensor | None = None
+    def __init__(self) -> None:
+        self.wanted, self.passes, self.passes_before = True, 0, 1
+        self.loss: Tensor | None = None
 
-    def next_step(self) -> None:
-        if self.found is not None:
-            self.wanted, self.found = False, None
+    def begin_pass(self, loss: Tensor, has_gradient: bool) -> None:
+        if self.passes and not has_gradient:
+            self.passes = 0  # the step of those passes was skipped
+        self.passes, self.loss = self.passes + 1, loss.detach() / loss_scale(loss)
+
+    @property
+    def due(self) -> bool:
+        """Whether this pass is the one to measure in, as far as the last step tells."""
+        return self.wanted and self.passes == self.passes_before
+
+    def next_step(self, measured: bool) -> None:
+        if measured:
+            self.wanted = False
         self.passes_before, self.passes, self.loss = max(self.passes, 1), 0, None
 
     def state_values(self) -> list[float]:

@@ -11,22 +11,18 @@ them.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import random
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from warmctl.loss.backward import as_list, check_loss, graph_nodes, intercept_backward, twice_differentiable
+from warmctl.loss.no_trace import no_trace, set_aside
+from warmctl.loss.random_state import RandomState
 from warmctl.vectors import Vector, add_, dot, local
 
 Closure = Callable[[], Any]
@@ -37,154 +33,6 @@ NO_BACKWARD = "the closure did not call backward(): it must compute the loss, ca
 
 class NotReplayable(RuntimeError):
     """A loss that gives another value or gradient when it is evaluated again at the same point."""
-
-
-class RandomState:
-    """The state of every random stream a training step may draw from: torch on each device, NumPy, Python."""
-
-    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        self.devices = [d for d in dict.fromkeys(devices) if d.type not in ("cpu", "meta")]
-        self.cpu = torch.get_rng_state()
-        self.device_states = [torch.get_device_module(d).get_rng_state(d) for d in self.devices]
-        self.numpy, self.python = _NUMPY.read(), random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in zip(self.devices, self.device_states, strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
-        _NUMPY.restore(*self.numpy)
-        random.setstate(self.python)
-
-
-class _NumpyState:
-    """NumPy's global generator. To read its state takes 60 µs: it is read again only once the generator has moved.
-
-    A spare normal is drawn without moving it: once one has been seen, the state is read and set every time.
-    """
-
-    def __init__(self) -> None:
-        self.spares = False
-        self.last: tuple[Any, Any] = None, None
-
-    def read(self) -> tuple[Any, Any]:
-        """A mark of where it stands, or None if there is no telling, and the state."""
-        mark = None if self.spares else self.mark()
-        if mark is None or mark != self.last[0]:
-            state: Any = np.random.get_state()
-            self.spares = self.spares or bool(state[3])
-            self.last = None if self.spares else mark, state
-        return self.last
-
-    def restore(self, mark: Any, state: Any) -> None:
-        if mark is None or mark != self.mark():
-            np.random.set_state(state)
-
-    @staticmethod
-    def mark() -> tuple[int, bytes] | None:
-        """The generator's 624 words and the position in them."""
-        generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if not isinstance(generator, np.random.MT19937):
-            return None
-        address = generator.ctypes.state_address
-        return address, ctypes.string_at(address, 625 * 4)
-
-
-_NUMPY = _NumpyState()
-
-
-_open = 0
-"""How many `no_trace` are open."""
-
-
-def measuring() -> bool:
-    """Whether what runs now is a measurement: its passes through a model are not those of training."""
-    return _open > 0
-
-
-@contextmanager
-def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[None]:
-    """Put back `.grad`, buffers, random streams, train/eval mode and the autograd mode on leaving.
-
-    Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set
-    aside.
-    """
-    global _open
-    random_state = RandomState({p.device for p in params})
-    others = module.parameters() if module is not None else ()  # another optimizer's: the closure clears them too
-    held = list({id(p): p for p in (*params, *others)}.values())
-    grads = [p.grad for p in held]
-    shared = [(g, g.clone()) for g in grads if g is not None and g._is_view()]  # DDP reuses its buckets
-    modules = list(module.modules()) if module is not None else []
-    modes = [m.training for m in modules]
-    buffers = [(m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-    try:
-        _open += 1
-        for p in held:
-            p.grad = None
-        with torch.enable_grad():
-            yield
-    finally:
-        _open -= 1
-        for p, grad in zip(held, grads, strict=True):
-            p.grad = grad
-        for grad, value in shared:
-            grad.data.copy_(value)
-        for m, mode in zip(modules, modes, strict=True):
-            if m.training != mode:
-                m.training = mode
-        for m, name, buffer, value in buffers:
-            buffer.data.copy_(value)  # .data: no new version, a graph of the caller's that saved it stays valid
-            m._buffers[name] = buffer
-        random_state.restore()
-
-
-@contextmanager
-def intercept_backward(handler: Callable[..., None]) -> Iterator[None]:
-    """Call `handler(original, tensors, *args, **kwargs)` in place of every backward pass this thread starts.
-
-    `torch.autograd.backward` is the one function through which `Tensor.backward`, Accelerate, Fabric and
-    Lightning all go, and the only place where a closure's gradient can be seen before the closure clips or
-    rescales it. Backward passes started inside the handler (reentrant checkpointing) go through untouched.
-    """
-    original = torch.autograd.backward
-    owner, busy = threading.get_ident(), False
-
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal busy
-        if busy or threading.get_ident() != owner:
-            return original(tensors, *args, **kwargs)
-        busy = True
-        try:
-            handler(original, tensors, *args, **kwargs)
-        finally:
-            busy = False
-
-    torch.autograd.backward = backward
-    try:
-        yield
-    finally:
-        torch.autograd.backward = original
-
-
-class _DenseEmbedding(TorchFunctionMode):
-    """Embeddings with sparse=True have no second derivative; their dense twins do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.embedding:
-            args, kwargs = args[:6], {k: v for k, v in (kwargs or {}).items() if k != "sparse"}
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Twice differentiable kernels: math attention, eager modules, dense embeddings, no cuDNN recurrence."""
-    with ExitStack() as stack:
-        stack.enter_context(_DenseEmbedding())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise, and importing it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
 
 
 T = TypeVar("T")
@@ -266,8 +114,8 @@ class Replay:
         def collect(original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
             nonlocal total
             self._inspect(tensors)
-            with _set_aside(self._bystanders or []):
-                if any(t.requires_grad for t in _as_list(tensors)):  # else a loss that depends on nothing
+            with set_aside(self._bystanders or []):
+                if any(t.requires_grad for t in as_list(tensors)):  # else a loss that depends on nothing
                     original(tensors, *args, **kwargs)
             new = [p.grad for p in self.params]
             for p in self.params:
@@ -296,8 +144,8 @@ class Replay:
         parts: list[Tensor] = []
 
         def keep(_: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-            outputs = _as_list(tensors)
-            weights = [None] * len(outputs) if grad_tensors is None else _as_list(grad_tensors)
+            outputs = as_list(tensors)
+            weights = [None] * len(outputs) if grad_tensors is None else as_list(grad_tensors)
             for output, weight in zip(outputs, weights, strict=True):
                 parts.append((output if weight is None else output * weight).sum())
 
@@ -367,7 +215,7 @@ class Replay:
             return
         leaves = list(self.module.parameters()) if self.module is not None else []
         dtypes: set[torch.dtype] = set()
-        for node in _graph_nodes(_as_list(tensors)):
+        for node in graph_nodes(as_list(tensors)):
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 leaves.append(leaf)
@@ -377,50 +225,6 @@ class Replay:
         for p in self.params:
             others.pop(id(p), None)
         self._bystanders = list(others.values())
-
-
-@contextmanager
-def _set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Put back the `.grad` of other leaves that a backward pass accumulates into."""
-    grads = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-
-
-def _graph_nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graph, each once."""
-    stack: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-
-
-def _as_list(tensors: Any) -> list[Any]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def check_loss(loss: Any) -> None:
-    """Raise unless `loss` is a scalar tensor."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .mean()")
-
-
-def check_graph(loss: Tensor) -> None:
-    """Raise RuntimeError where the graph hides parameters, which would pass for unused ones."""
-    if any("CheckpointFunction" in node.name() for node in _graph_nodes([loss])):
-        raise RuntimeError("reentrant checkpointing hides parameters from the graph: set use_reentrant=False")
 
 
 def _dense(grad: Tensor) -> Tensor:

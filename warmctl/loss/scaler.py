@@ -1,34 +1,20 @@
-"""What `torch.amp.GradScaler` leaves on the optimizer it is given, handed on to the wrapped one for one step."""
+"""What a gradient scaler for float16 has multiplied a loss by, read off its graph."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from warmctl.vectors import local
+SCALED = 4096.0
+"""A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
 
 
-def lend_scaler(wrapper: Any, base: Any, params: list[Tensor]) -> bool:
-    """Hand it on. True if the step will be skipped.
-
-    Args:
-        params: their gradients are unscaled here, as the fused kernel would: a probe needs the true ones.
-    """
-    scale, found_inf = wrapper.__dict__.get("grad_scale"), wrapper.__dict__.get("found_inf")
-    if found_inf is None:
-        return False
-    base.grad_scale, base.found_inf = scale, found_inf
-    if float(found_inf) != 0.0:
-        return True
-    grads = [local(p.grad) for p in params if p.grad is not None]
-    if scale is not None and grads:
-        torch._foreach_div_(grads, scale.to(grads[0].device))
-        base.grad_scale = None
-    return False
-
-
-def take_back_scaler(base: Any) -> None:
-    for name in ("grad_scale", "found_inf"):
-        base.__dict__.pop(name, None)
+def loss_scale(loss: Tensor) -> Tensor:
+    """What a gradient scaler has multiplied `loss` by, its last operation; 1 if none has. No device waits for it."""
+    factor = getattr(loss.grad_fn, "_saved_other", None) if type(loss.grad_fn).__name__ == "MulBackward0" else None
+    if not isinstance(factor, Tensor) or factor.numel() != 1:
+        return torch.ones(())
+    factor = factor.detach().float()
+    # A GradScaler's factors are powers of two; below 16 they are taken for a weight that the user gave the loss.
+    scaled = (factor >= SCALED) | ((factor >= 16.0) & (torch.frexp(factor).mantissa == 0.5))
+    return torch.where(scaled, factor, 1.0).reshape(())

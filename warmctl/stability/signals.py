@@ -20,21 +20,23 @@ class StepSignals:
 
     def __init__(self, loss: float = math.nan, norm: float = math.nan) -> None:
         self._sent = torch.tensor([loss, norm], dtype=torch.float64)
+        self._nothing_sent = math.isnan(norm)
         self._arrived: Any = None
 
-    def read(self, loss: Tensor | None, params: list[Tensor]) -> tuple[float, float]:
+    def read(self, loss: Tensor | None, params: list[Tensor]) -> tuple[float, float, bool]:
+        """Loss, gradient norm, and whether both are finite, as far as they are known."""
         grads = [local(grad) for p in params if (grad := p.grad) is not None]
         norms = torch._foreach_norm([g if g.layout == torch.strided else g.coalesce().values() for g in grads])
         square = gathered(norms).square().sum()
         if norms[0].device.type == "cpu" and distributed.world_size() == 1:
-            return math.nan if loss is None else float(loss), math.sqrt(float(square))
+            return _judged(math.nan if loss is None else float(loss), math.sqrt(float(square)), loss is not None)
         value = torch.full_like(square, math.nan) if loss is None else loss.to(square)
         signals = distributed.average(torch.stack([value.reshape(()), square.sqrt()]))
         if signals.device.type == "cpu":
-            return float(signals[0]), float(signals[1])
-        before = self.delayed
+            return _judged(float(signals[0]), float(signals[1]), loss is not None)
+        (before, norm), first = self.delayed, self._nothing_sent
         self._send(signals)
-        return before
+        return (before, norm, True) if first else _judged(before, norm, loss is not None)
 
     @property
     def delayed(self) -> tuple[float, float]:
@@ -46,6 +48,7 @@ class StepSignals:
 
     def _send(self, signals: Tensor) -> None:
         """To the host, behind the device's work so far."""
+        self._nothing_sent = False
         if signals.device.type != "cuda":
             self._sent = signals
             return
@@ -54,5 +57,15 @@ class StepSignals:
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record(torch.cuda.current_stream(signals.device))
 
+    def state_values(self) -> list[float]:
+        return list(self.delayed)
+
+    def load_state_values(self, values: list[float]) -> None:
+        self.__init__(*values)  # type: ignore[misc]
+
     def __reduce__(self) -> Any:
         return StepSignals, self.delayed
+
+
+def _judged(loss: float, norm: float, loss_known: bool) -> tuple[float, float, bool]:
+    return loss, norm, math.isfinite(norm) and (not loss_known or math.isfinite(loss))

@@ -1,0 +1,164 @@
+"""The closure given to `step`: watched while it runs for the step, and run again for a probe.
+
+The first probe evaluates it once more in place: one that draws its own data or keeps state cannot be measured on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warmctl import distributed
+from warmctl.loss.backward import intercept_backward
+from warmctl.loss.marks import GradientWatch, Marks
+from warmctl.loss.random_state import RandomState
+from warmctl.loss.replay import Closure, NotReplayable
+from warmctl.loss.source import NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.vectors import dense_gradient
+from warmctl.warning import first_line
+
+NOT_REPLAYABLE = (
+    "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn "
+    "and call opt.observe(batch) before opt.step()."
+)
+
+
+class ClosureSource:
+    """Attributes: run: the evaluation of this step's closure, once there was one."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.run: ClosureRun | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.run is not None and self.verdict.repeats != NEVER
+
+    def forget(self) -> None:
+        self.run = None
+
+    def __reduce__(self) -> Any:
+        return ClosureSource, (self.verdict,)
+
+    def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
+        """Cost: 1 the first time, else 0. Raises ArithmeticError then for a loss or gradient that is not finite."""
+        run = self.run
+        if run is None:
+            return None
+        gradient = [dense_gradient(p) for p in params] if run.untouched else None
+        weight = run.weight
+        if self.verdict.repeats == UNTRIED:
+            self._check(run, gradient, params, replays)
+        if self.verdict.repeats == NEVER:
+            return None
+        return StepLoss(replays.of(run.closure, params, run.random_state), gradient, weight)
+
+    def _check(self, run: ClosureRun, gradient: list[Tensor] | None, params: list[Tensor], replays: Replays) -> None:
+        """Evaluate it once more in place, on every rank, and agree on whether it gave the same."""
+        loss = math.nan if run.loss is None else float(run.loss)
+        if not math.isfinite(distributed.agree([loss], params[0].device)[0]):
+            raise ArithmeticError("the loss is not finite")
+        if gradient is not None and not math.isfinite(distributed.inner_product(params)(gradient, gradient)):
+            raise ArithmeticError("the gradient is not finite")
+        agreed = 1.0
+        try:
+            replays.of(run.closure, params, run.random_state).verify(loss, gradient)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except NotReplayable as error:
+            agreed, self.verdict.why_not = 0.0, NOT_REPLAYABLE.format(error=error)
+        except Exception as error:
+            failure = f"evaluating it again failed: {first_line(error)}"
+            agreed, self.verdict.why_not = 0.0, NOT_REPLAYABLE.format(error=failure)
+        self.verdict.repeats = float(distributed.agree([agreed], params[0].device)[0] == 1.0)
+
+
+class ClosureRun:
+    """One watched evaluation of the user's closure, and all that is needed to repeat it.
+
+    Args:
+        backward: takes (loss, backward) in place of a plain `loss.backward()`, to measure on the live graph.
+
+    Attributes:
+        random_state: all streams just before it.
+        loss: its value, detached.
+        skipped: the closure called no backward this time; `.grad` is from before. There is nothing to measure on.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: list[Tensor],
+        watch: GradientWatch,
+        backward: Callable[[Tensor, Callable[[], None]], None] | None,
+    ) -> None:
+        self.closure, self.params, self.watch, self.backward = closure, params, watch, backward
+        self.random_state = RandomState({p.device for p in params})
+        self.loss: Tensor | None = None
+        self.skipped = False
+        self._left: Marks | None = None
+        self._added_to: int | None = None
+
+    def evaluate(self) -> Any:
+        """The closure's loss, which is also kept. Raises TypeError, ValueError or RuntimeError as `check_returned`."""
+        before = Marks(self.params)
+        self.watch.marking = False  # done here, behind each pass
+        try:
+            with torch.enable_grad(), intercept_backward(self._intercepted):
+                loss = self.closure()
+        finally:
+            self.watch.marking = True
+        has_gradient = any(p.grad is not None for p in self.params)
+        check_returned(loss, has_gradient, self._left is not None or not before.hold())
+        if loss is not None:
+            self.loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        self.skipped = loss is None and self._left is None
+        return loss
+
+    @property
+    def untouched(self) -> bool:
+        """`.grad` still holds what this evaluation left there: not accumulated, clipped or rescaled."""
+        return self._left is not None and self._left.hold() and not self._added_to
+
+    @property
+    def weight(self) -> float:
+        """How often the loss is in `.grad`: more than once where the closure added to earlier micro-batches."""
+        added_to = self._added_to or 0
+        return self.watch.passes / max(self.watch.passes - added_to, 1) if added_to else 1.0
+
+    def _intercepted(self, original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if self._added_to is None:
+            self._added_to = self.watch.passes if self.watch.holding else 0
+        if self.backward is not None and _is_plain_loss(tensors, *args, **kwargs):
+            self.backward(tensors, lambda: original(tensors))
+        else:
+            original(tensors, *args, **kwargs)
+        self._left = Marks(self.params)
+
+
+def check_returned(loss: Any, has_gradient: bool, new_gradient: bool) -> None:
+    """Raise unless a closure did what `Optimizer.step` asks of it. One that skips the step is let through.
+
+    Args:
+        has_gradient: a parameter has a gradient now; new_gradient: it is not the one from before the closure.
+    """
+    if isinstance(loss, Tensor) and loss.requires_grad and not new_gradient and bool(loss.detach().isfinite().all()):
+        raise RuntimeError("the closure returned a loss but did not call loss.backward() on it")
+    if not has_gradient or (loss is None and not new_gradient):
+        return
+    if loss is None:
+        raise TypeError("the closure returned None: it must return the loss it called backward on")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return a scalar loss")
+    if not isinstance(loss, Tensor) and not hasattr(loss, "__float__"):
+        raise TypeError(f"the closure returned {type(loss).__name__}: it must return the scalar loss alone")
+
+
+def _is_plain_loss(tensors: Any, grad_tensors: Any = None, keep: Any = None, create: bool = False, **more: Any) -> bool:
+    """Whether these arguments of `torch.autograd.backward` say no more than `loss.backward()`."""
+    plain = grad_tensors is None and not keep and not create and all(v is None for v in more.values())
+    return isinstance(tensors, Tensor) and tensors.numel() == 1 and plain

@@ -1,0 +1,81 @@
+"""Watching the user's own backward passes: is `.grad` what one evaluation of the loss left there?"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warmctl.loss.no_trace import measuring
+from warmctl.vectors import local
+
+
+class Marks:
+    """Which gradients there were, and their versions: whether one was replaced or written to since."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.seen = [None if (g := p.grad) is None else (weakref.ref(g), local(g)._version) for p in params]
+
+    def hold(self) -> bool:
+        for p, seen in zip(self.params, self.seen, strict=True):
+            grad = p.grad
+            if grad is None or seen is None:
+                if grad is not None or seen is not None:
+                    return False
+            elif seen[0]() is not grad or local(grad)._version != seen[1]:
+                return False
+        return True
+
+
+class GradientWatch:
+    """Tells whether `.grad` is what one backward pass left there: every gradient is marked when the pass has ended.
+
+    The pass announces itself by the hook of one (the smallest) parameter; a hook on each would cost more than it.
+
+    Attributes:
+        passes: backward passes since `clear`.
+        marking: False leaves it at counting them, where nothing will be measured.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.marking = True
+        self._handle: Any = None
+        self.follow(params)
+
+    def follow(self, params: list[Tensor]) -> None:
+        """Watch these from now on, and no others."""
+        if self._handle is not None:
+            self._handle.remove()
+        self.params = params
+        self.param: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
+        self.clear()
+        self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> Any:
+        return GradientWatch, (self.params,)
+
+    def clear(self) -> None:
+        """A step was made: the next gradient begins."""
+        self.passes = 0
+        self._marks: Marks | None = None
+
+    @property
+    def holding(self) -> bool:
+        """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
+        return self._marks is not None and self._marks.hold()
+
+    @property
+    def untouched(self) -> bool:
+        return self.passes == 1 and self.holding
+
+    def _accumulated(self, param: Tensor) -> None:
+        if param.grad is not None and not measuring():
+            self.passes += 1
+            if self.marking:
+                torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+
+    def _ended(self) -> None:
+        self._marks = Marks(self.params)

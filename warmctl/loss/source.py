@@ -1,0 +1,86 @@
+"""What every source of the loss offers a probe: the step's loss, in a form that can be evaluated again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from warmctl import distributed
+from warmctl.loss.random_state import RandomState
+from warmctl.loss.replay import Closure, Replay
+from warmctl.vectors import Vector
+
+EXACT, CLOSE, NEVER, UNTRIED = 1.0, 0.5, 0.0, -1.0
+"""How a repeated gradient compares with that of the step: the same; the same but for clipping or a small term; not
+at all, and then the loss cannot be evaluated again; or not known before the first probe."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step, to be measured on.
+
+    Attributes:
+        replay: evaluates it again.
+        gradient: at the present parameters, if it is at hand: that saves the probe one evaluation.
+        weight: how often it is in the gradient of the step: more than once where micro-batches are accumulated.
+    """
+
+    replay: Replay
+    gradient: Vector | None = None
+    weight: float = 1.0
+
+
+class Source(Protocol):
+    """One way from a user's loop to its loss. `ready` costs nothing; `step_loss` at most two evaluations."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a loss of the coming step here that may be evaluated again."""
+        ...
+
+    def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
+        """That loss; None, with `Verdict.why_not` set, if evaluating it again did not give the same."""
+        ...
+
+    def forget(self) -> None:
+        """The step was made."""
+        ...
+
+
+@dataclass
+class Verdict:
+    """What the first probe found out about evaluating the loss again, for every later one.
+
+    Attributes:
+        repeats: one of `EXACT`, `CLOSE`, `NEVER`, `UNTRIED`.
+        why_not: what to tell the user.
+    """
+
+    repeats: float = UNTRIED
+    why_not: str = "there is no loss that can be evaluated again"
+
+    def state_values(self) -> list[float]:
+        return [self.repeats]
+
+    def load_state_values(self, values: list[float]) -> None:
+        (self.repeats,) = values
+
+
+class Replays:
+    """Makes replays for one probe after the other and counts how often they evaluate the loss.
+
+    Attributes:
+        spent: evaluations since it was last set to 0: what a probe that failed has cost.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.spent = model, 0
+
+    def of(self, closure: Closure, params: list[Tensor], random_state: RandomState | None) -> Replay:
+        def counted() -> Any:
+            self.spent += 1
+            return closure()
+
+        return Replay(counted, params, self.model, random_state, distributed.averager(params))

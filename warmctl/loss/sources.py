@@ -1,0 +1,153 @@
+"""The choice among the sources of the loss, in the order of the README's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from warmctl.loss.captured import CapturedSource
+from warmctl.loss.closure import ClosureRun, ClosureSource
+from warmctl.loss.live_graph import LiveGraph
+from warmctl.loss.marks import GradientWatch
+from warmctl.loss.observed import ObservedSource
+from warmctl.loss.replay import Closure
+from warmctl.loss.source import NEVER, Replays, Source, StepLoss, Verdict
+from warmctl.warning import warn
+
+Decide = Callable[[Tensor | None], None]
+BackwardOnGraph = Callable[[Tensor, Callable[[], None]], None]
+
+PATIENCE = 10
+"""Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
+NOT_OBSERVED = (
+    f"warmctl: loss_fn was given, but observe(batch) was not called in {PATIENCE} steps: call opt.observe(batch) "
+    "before opt.step(). Until then the learning rate stays at 1 % of the schedule"
+)
+NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
+  opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns it; or
+  opt.backward(loss)     in place of loss.backward(); or
+  opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)."""
+
+
+class Sources:
+    """All sources of one wrapper, and the watch on the gradients that they leave.
+
+    Attributes:
+        verdict: whether the loss can be evaluated again; what the first probe finds holds for all later ones.
+        in_closure: the user's closure is running.
+        resting: nothing will be measured any more.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: list[Tensor], loss_fn: Callable[[nn.Module, Any], Tensor] | None
+    ) -> None:
+        self.verdict = Verdict()
+        self.watch = GradientWatch(params)
+        self.closure = ClosureSource(self.verdict)
+        self.observed = ObservedSource(model, loss_fn)
+        self.captured = CapturedSource(model, self.verdict, self.watch)
+        self.graph = LiveGraph()
+        self.in_closure = self.resting = False
+
+    def in_order(self) -> tuple[Source, ...]:
+        """Of those that can be evaluated again; the live graph comes last, where none of them is ready."""
+        return self.closure, self.observed, self.captured
+
+    @property
+    def ready(self) -> bool:
+        """Whether a loss of the coming step can be evaluated again, as far as is known before it is tried."""
+        return any(source.ready for source in self.in_order())
+
+    def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
+        """That loss, from the first source that has it. Cost: at most 2, at the first probe."""
+        for source in self.in_order():
+            if source.ready and (found := source.step_loss(params, replays)) is not None:
+                return found
+        return None
+
+    @property
+    def expected(self) -> bool:
+        """Whether there will be one, as far as can be told before the backward pass."""
+        return self.observed.ready or self.captured.expected
+
+    @property
+    def gradients(self) -> int:
+        """Gradient evaluations that went into this step: more than one where micro-batches are accumulated."""
+        return 1 if self.closure.run is not None else max(self.watch.passes, self.graph.passes, 1)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Of the last backward pass, detached; None if it went past all sources."""
+        return self.captured.capture.loss if self.graph.loss is None else self.graph.loss
+
+    def deciding(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Closure:
+        """The closure for the wrapped optimizer, which may call it again: the first evaluation decides the step.
+
+        Args:
+            decide: called with the loss, while the batch is at hand.
+            backward_on_graph: called with (loss, backward) in place of a backward pass, if the closure cannot be
+                repeated.
+        """
+        called = False
+
+        def evaluate() -> Any:
+            nonlocal called
+            first, called = not called, True
+            if first and not self.resting:
+                return self._watched(closure, decide, backward_on_graph)
+            with torch.enable_grad():
+                loss = closure()
+            if first:
+                decide(loss.detach() if isinstance(loss, Tensor) else None)
+            return loss
+
+        return evaluate
+
+    def _watched(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Any:
+        self.captured.capture.remove()  # the closure is the better source
+        live = backward_on_graph if self.verdict.repeats == NEVER else None
+        run = self.closure.run = ClosureRun(closure, self.watch.params, self.watch, live)
+        self.in_closure = True
+        try:
+            loss = run.evaluate()
+            decide(run.loss)
+        finally:
+            self.in_closure = False
+        return loss
+
+    def missing(self, steps: float, probes: float) -> None:
+        """Nothing can be measured at this step. Raises RuntimeError at the first probe if nothing ever will be.
+
+        A probe that has been made, or a batch that may be observed later, is worth waiting for.
+        """
+        if probes == 0 and self.observed.loss_fn is None:
+            raise RuntimeError(NO_SOURCE)
+        if probes == 0 and steps == PATIENCE:
+            warn(NOT_OBSERVED)
+
+    def follow(self, params: list[Tensor]) -> bool:
+        """Watch these from now on. True if they are more than before: some have been thawed or added."""
+        before = len(self.watch.params)
+        if len(params) != before:
+            self.watch.follow(params)
+        return len(params) > before
+
+    def rest(self) -> None:
+        """Nothing will be measured any more: record no forwards, mark no gradients."""
+        self.captured.capture.remove()
+        self.resting, self.watch.marking = True, False
+
+    def wake(self) -> None:
+        """Undo `rest`."""
+        self.captured.capture.enabled = self.watch.marking = True
+        self.resting = False
+
+    def next_step(self, measured_on_graph: bool) -> None:
+        """The step was made: forget its batch."""
+        self.graph.next_step(measured_on_graph)
+        for source in self.in_order():
+            source.forget()
+        self.watch.clear()

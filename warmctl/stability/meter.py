@@ -1,0 +1,184 @@
+"""Every reading of a run: made on a loss that is evaluated again, on a live graph, or along the update just made.
+
+Which of the three depends on the optimizer and on the loop; the meter keeps count of what all of them cost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from warmctl.curvature.operators import METHODS
+from warmctl.loss.source import NEVER
+from warmctl.loss.sources import Sources
+from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.measurement import Measurement, failed
+from warmctl.stability.probe import Prober, RealisedUpdate
+from warmctl.stability.update_rules import update_rule
+from warmctl.state import Counts
+from warmctl.vectors import locals_of
+from warmctl.warning import warn
+
+NO_RULE = (
+    "backward(loss) cannot measure {name}: it has no registered update rule, so it is measured along the update that "
+    "it makes, and that needs the loss again afterwards. Use opt.step(closure), or opt.observe(batch) with a loss_fn, "
+    "or warmctl.register_update_rule"
+)
+
+
+class Meter:
+    """Measures when asked to, and remembers what it found.
+
+    Args:
+        optimizer: the wrapped one, read only.
+        counts: where probes, products and their cost are booked.
+        seed: of the random component of a warm start; a probe adds its number.
+
+    Attributes:
+        rule: the optimizer's update rule; None if it has none, and is measured along the updates that it makes.
+        last: what the last probe found.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        sources: Sources,
+        counts: Counts,
+        hvp: str,
+        estimator: str,
+        probe_steps: int,
+        seed: int,
+    ) -> None:
+        self.rule = update_rule(optimizer)
+        self.sources, self.counts = sources, counts
+        self.probe_steps, self.seed = probe_steps, seed
+        self.estimator = SharpnessEstimator(optimizer, self.rule, hvp, estimator, probe_steps)
+        self.prober = Prober(model, sources, self.estimator)
+        self.last: Measurement | None = None
+        self._on_graph: Measurement | None = None
+        self._update: RealisedUpdate | Measurement | None = None
+        self._along_last_update: Measurement | None = None
+        self._rate = math.nan  # of the last update measured along
+        self._said: set[str] = set()
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether the rule undoes a small overshoot by itself."""
+        return self.rule is not None and self.rule.tolerates_overshoot
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self.estimator.vector = self.last = self._along_last_update = None
+
+    @property
+    def expected_cost(self) -> float:
+        """Of the next probe, in gradient evaluations."""
+        return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
+
+    def read(self, due: str, params: list[Tensor], rate: float, each_step: bool) -> Measurement | None:
+        """The reading for the coming step, if there is one.
+
+        Args:
+            due: why to probe now, or "".
+            params: the trainable parameters, with the gradient of the step.
+            rate: the largest scheduled rate.
+            each_step: a probe is wanted at every step, though the last one is not known yet.
+
+        Raises: RuntimeError at the first probe if there is no loss to measure on.
+        """
+        if self._on_graph is not None:
+            return self._booked(self._on_graph.times(self.sources.graph.passes), params)
+        if self.sources.closure.run is not None and self.sources.closure.run.skipped:
+            due = ""
+        if self.rule is None:
+            found = self._last_update(rate)
+            if due and (found is None or each_step):  # else `due` has not heard of this probe yet
+                self._begin_update(params, rate)
+            return found
+        found = self._probe(params) if due else None
+        return None if found is None else self._booked(found, params)
+
+    def before_backward(self, loss: Tensor, params: list[Tensor]) -> None:
+        """Measure on the graph of `loss`, if that was asked for and nothing can be evaluated again."""
+        if self.sources.graph.due and self.rule is not None and not self.sources.expected:
+            self._on_graph = self.prober.on_graph(loss, params, self._probe_seed())
+
+    def after_update(self, scale: float, params: list[Tensor]) -> None:
+        """The update was made, at `scale`: for a rule that is not known the next reading is along it."""
+        if self._update is not None:
+            update = self._update
+            found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
+            self._along_last_update = self._booked(found, params)
+
+    def next_step(self) -> bool:
+        """Whether this step was measured on its graph, which is forgotten."""
+        measured = self._on_graph is not None
+        self._update = self._on_graph = None
+        return measured
+
+    def eigenvector(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """That of the last probe, this process's part of it, by parameter; zeros if there is none of these shapes."""
+        vector, shapes = self.estimator.vector, locals_of(params)
+        if vector is None or [v.shape for v in vector] != [t.shape for t in shapes]:  # frozen or thawed since
+            vector = [torch.zeros_like(t) for t in shapes]
+        return dict(zip(params, vector, strict=True))
+
+    def _probe(self, params: list[Tensor]) -> Measurement | None:
+        """Now, if a loss can be evaluated again; else a word to measure on the next step's graph."""
+        if self.sources.ready:
+            return self.prober.probe(params, self._probe_seed())
+        graph = self.sources.graph
+        if graph.passes == 0 and self.sources.verdict.repeats == NEVER:
+            return failed(self.sources.verdict.why_not)
+        if graph.passes == 0:
+            self.sources.missing(self.counts.steps, self.counts.probes)
+        graph.wanted = graph.wanted or graph.passes > 0
+        return None
+
+    def _last_update(self, rate: float) -> Measurement | None:
+        """The reading along the last update, as it would be at this rate."""
+        found, self._along_last_update = self._along_last_update, None
+        return None if found is None else replace(found, ratio=found.ratio * rate / self._rate)
+
+    def _begin_update(self, params: list[Tensor], rate: float) -> None:
+        if self.sources.verdict.repeats != NEVER and not self.sources.ready:
+            if self.sources.graph.passes:
+                raise RuntimeError(NO_RULE.format(name=type(self.estimator.optimizer).__name__))
+            return self.sources.missing(self.counts.steps, self.counts.probes)
+        self._update = self.prober.before_update(params)
+        self._rate = rate
+
+    def _booked(self, found: Measurement, params: list[Tensor]) -> Measurement:
+        """Agreed on by all ranks, counted, and said once for each kind of failure; the numbers are in the history."""
+        found = self.last = found.agreed(params[0].device)
+        self.counts.probes += 1
+        self.counts.hvps += found.hvps
+        self.counts.cost += found.cost
+        kind = found.reason.split(":")[0]
+        if kind and kind not in self._said:
+            self._said.add(kind)
+            warn(f"warmctl: a probe failed, the learning rate is held: {found.reason}")
+        return found
+
+    def _probe_seed(self) -> int:
+        return self.seed + int(self.counts.probes)
+
+    def state_values(self) -> list[float]:
+        method = float(METHODS.index(self.estimator.method))
+        return [method, self._rate, *Measurement.values(self.last), *Measurement.values(self._along_last_update)]
+
+    def load_state_values(self, values: list[float]) -> None:
+        method, self._rate, *values = values
+        self.estimator.method = METHODS[int(method)]
+        half = len(values) // 2
+        self.last = Measurement.from_values(values[:half])
+        self._along_last_update = Measurement.from_values(values[half:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_update": None}
