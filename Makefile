@@ -17,13 +17,14 @@ test: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict warmctl
+	$(VENV)/bin/lint-imports
 	$(RUN) -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/.bench
 	@set -e; for name in $(BENCHMARKS); do (set -x; $(RUN) -m benchmarks.$$name --quick $(ARGS)); done
 
 clean:
-	rm -rf dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # .venv/.EXTRA: the environment with that extra in it.

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from warmctl.curvature.eigen import lanczos
-from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.curvature.operators import HessianOperator
+from warmctl.curvature.scaled import ScaledOperator
 from warmctl.curvature.sharpness import sharpness
 from warmctl.loss.replay import Replay
 from warmctl.rates import learning_rate

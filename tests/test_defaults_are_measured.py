@@ -15,7 +15,8 @@ from benchmarks.harness.runs import Job
 from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Reading
-from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.curvature.operators import HessianOperator
+from warmctl.curvature.scaled import ScaledOperator
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.update_rules import update_rule
 

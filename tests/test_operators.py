@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from warmctl.curvature.eigen import lanczos
-from warmctl.curvature.operators import METHODS, HessianOperator, ScaledOperator
+from warmctl.curvature.operators import METHODS, HessianOperator
+from warmctl.curvature.scaled import ScaledOperator
 from warmctl.loss.replay import Replay
 from warmctl.vectors import dot, gathered, random_like, squares
 

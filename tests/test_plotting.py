@@ -17,10 +17,13 @@ matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import same_color  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.legend import Legend  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
+from warmctl.record.curves import thin  # noqa: E402
 from warmctl.record.history import History  # noqa: E402
-from warmctl.record.plotting import COLOURS, _thin, plot  # noqa: E402
+from warmctl.record.plotting import plot  # noqa: E402
+from warmctl.record.style import COLOURS  # noqa: E402
 
 REASON = "the landscape carries no more"
 
@@ -72,8 +75,8 @@ def y(line: Line2D) -> Any:
 
 def words(figure: Figure, panel: int) -> list[str]:
     axis = figure.axes[panel]
-    legend = axis.get_legend()
-    return [text.get_text() for text in (*axis.texts, *(legend.get_texts() if legend else ()))]
+    legends = [artist for artist in axis.get_children() if isinstance(artist, Legend)]
+    return [text.get_text() for text in (*axis.texts, *(text for legend in legends for text in legend.get_texts()))]
 
 
 # One run
@@ -236,7 +239,7 @@ def test_a_million_steps_are_thinned_to_what_can_be_seen() -> None:
     steps = np.arange(300_000, dtype=float)
     values = np.sin(steps / 1e4)
     values[123_456], values[200_001], values[50_000:60_000] = 9.0, -9.0, np.nan
-    seen_x, seen_y = _thin(steps, values)
+    seen_x, seen_y = thin(steps, values)
     assert len(seen_x) < 30_000
     assert (np.nanmax(seen_y), np.nanmin(seen_y)) == (9.0, -9.0)
     assert {0, 1, 2, 299_999} <= set(seen_x)
@@ -255,9 +258,13 @@ def test_several_runs_share_the_panels() -> None:
     ends = lines(figure, 1, "end")
     assert [set(x(line)) for line in ends] == [{25.0}, {40.0}]
     assert [same_color(line.get_color(), COLOURS[i]) for i, line in enumerate(ends)] == [True, True]
-    said = words(figure, 0)
+    said = words(figure, 2)
     assert said[:3] == ["warmctl", "later", "linear"]
-    assert said[3:] == [f"warmup ended at step 25: {REASON}", f"warmup ended at step 40: {REASON}", ""]
+    assert said[3:6] == [f"warmup ended at step 25: {REASON}", f"warmup ended at step 40: {REASON}", ""]
+    figure.draw_without_rendering()
+    legend = next(artist for artist in figure.axes[2].artists if isinstance(artist, Legend)).get_window_extent()
+    assert figure.bbox.y0 < legend.y0 < legend.y1 < figure.axes[2].xaxis.label.get_window_extent().y0
+    assert figure.bbox.x0 < legend.x0 < legend.x1 < figure.bbox.x1
 
 
 def test_runs_of_different_length_and_target() -> None:

@@ -36,6 +36,7 @@ from torch.optim import (
 
 from warmctl import AdaptiveWarmup
 from warmctl.stability import update_rules
+from warmctl.stability.rules import coming_step
 from warmctl.stability.update_rules import UpdateRule, register_update_rule, stability_threshold, update_rule
 
 Make = Callable[[list[Tensor]], Optimizer]
@@ -408,7 +409,7 @@ def test_counters_on_an_accelerator(make: Make, steps: int, monkeypatch: pytest.
     set_gradients(all_parameters(optimizer), normal(3, SIZE))
     inputs, rule = arguments(optimizer, optimizer.param_groups[0]), rule_of(optimizer)
     expected = rule.scale(*inputs)
-    monkeypatch.setattr(update_rules, "_number", lambda value: torch.as_tensor(value, dtype=torch.float64))
+    monkeypatch.setattr(coming_step, "_number", lambda value: torch.as_tensor(value, dtype=torch.float64))
     torch.testing.assert_close(rule.scale(*inputs), expected)
 
 

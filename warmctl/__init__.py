@@ -1,7 +1,8 @@
 """Learning-rate warmup without `warmup_steps`."""
 
 from warmctl.curvature.eigen import EigenResult as EigenResult, lanczos as lanczos, power_iteration as power_iteration
-from warmctl.curvature.operators import HessianOperator as HessianOperator, ScaledOperator as ScaledOperator
+from warmctl.curvature.operators import HessianOperator as HessianOperator
+from warmctl.curvature.scaled import ScaledOperator as ScaledOperator
 from warmctl.curvature.sharpness import sharpness as sharpness
 from warmctl.optimizer import AdaptiveWarmup as AdaptiveWarmup
 from warmctl.record.history import History as History

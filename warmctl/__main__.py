@@ -1,10 +1,8 @@
-"""The command line: `python -m warmctl plot RUN.jsonl...` and `python -m warmctl summary RUN.jsonl...`."""
+"""The command line, `warmctl` or `python -m warmctl`: `plot RUN.jsonl...` and `summary RUN.jsonl...`."""
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +12,11 @@ try:
     from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
-    sys.exit(f'python -m warmctl needs typer and rich ({error}): pip install "warmctl[cli]"')
+    sys.exit(f'the command line of warmctl needs typer and rich ({error}): pip install "warmctl[cli]"')
 
-from warmctl.record.history import History, WarmupEnd, warmup_end
+from warmctl.record.history import History
 from warmctl.record.plotting import plot as draw
+from warmctl.record.summary import Summary, summarise
 
 app = typer.Typer(
     help="Look at runs recorded by warmctl: JSONL files of opt.history.to_jsonl(path).",
@@ -72,50 +71,6 @@ def summary(runs: Runs) -> None:
         console.print(reasons)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A run in figures; None where the record does not say."""
-
-    steps: int
-    """Last step."""
-    phase: str | None
-    """Phase at the end."""
-    warmup: WarmupEnd | None
-    """Where and why warmup ended, if it did within the record."""
-    scale: float | None
-    """Scale at the end."""
-    peak_ratio: float | None
-    """Largest finite stability ratio."""
-    over_edge: float | None
-    """Share of the steps with a stability ratio at which it was above 1."""
-    probes: int | None
-    overhead: float | None
-    """Gradient evaluations spent on probes over those of training."""
-    loss: float | None
-    """Last loss, NaN and infinity included."""
-
-
-def summarise(history: History) -> Summary:
-    """The summary of a history of at least one row."""
-    ratios = [ratio for ratio in history["stability_ratio"] if ratio is not None and math.isfinite(ratio)]
-
-    def last(column: str) -> float | None:
-        return next((value for value in reversed(history[column]) if value is not None), None)
-
-    probes = last("probes")
-    return Summary(
-        steps=history["step"][-1],
-        phase=history["phase"][-1],
-        warmup=warmup_end(history),
-        scale=last("scale"),
-        peak_ratio=max(ratios, default=None),
-        over_edge=sum(ratio > 1 for ratio in ratios) / len(ratios) if ratios else None,
-        probes=None if probes is None else int(probes),
-        overhead=last("overhead"),
-        loss=last("loss"),
-    )
-
-
 def _cells(run: Summary) -> list[str]:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -163,5 +118,9 @@ def _failure(message: str) -> typer.Exit:
     return typer.Exit(1)
 
 
+def main() -> None:
+    app()
+
+
 if __name__ == "__main__":
-    app(prog_name="python -m warmctl")
+    main()

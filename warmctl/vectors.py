@@ -33,6 +33,11 @@ def dense_gradient(param: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 
+def owned(tensor: Tensor) -> Tensor:
+    """A copy that may be written to: derivatives can be expanded scalars, or the very vector that went in."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """In float64, or float32 on Apple's GPUs, which have no more."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

@@ -1,44 +1,31 @@
-"""Products with the Hessian of a loss, and with its scaling D^½ H D^½.
+"""Products with the Hessian of a loss: one operator, three ways to the product Hv.
 
-Three ways to the product Hv, by cost in gradient evaluations (one forward and one backward pass):
+Each has a file of its own; a product costs, in gradient evaluations (one forward and one backward pass):
 
-* finite difference, (∇L(θ + εv) − ∇L(θ)) / ε: 1, given the gradient at θ; 2 for the central difference. Works with
-  every kernel, compiled or sharded; error of the top eigenvalue about 1e-3 in float32 on smooth losses.
-* double backward, ∇(∇L·v): about 2.4 on a graph that is kept while the operator lives.
-* forward over reverse, torch.func.jvp of torch.func.grad: about 3.3; takes blocks of vectors by vmap.
+* `finite_difference`: 1, given the gradient at θ; 2 for the central difference. Works with every kernel.
+* `double_backward`: about 2.4 on a graph that is kept while the operator lives.
+* `forward_over_reverse`: about 3.3; takes blocks of vectors by vmap.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
-from warmctl.loss.backward import check_graph, check_loss, graph_nodes, twice_differentiable
+from warmctl.curvature import double_backward, finite_difference, forward_over_reverse
+from warmctl.loss.backward import twice_differentiable
 from warmctl.loss.replay import Replay
-from warmctl.vectors import Vector, add_, dot, local, locals_of, scale_
+from warmctl.vectors import Vector, dot, local, locals_of, owned
 
 METHODS = ("auto", "double_backward", "forward_over_reverse", "finite_difference")
-COST_GRAPH, COST_DOUBLE_BACKWARD, COST_FORWARD_OVER_REVERSE = 1.3, 2.4, 3.3
-"""Gradient evaluations by time, as `benchmarks/costs_what_it_says.py` measures them."""
-
-FD_STEP = 1e-4
-"""‖ε v‖ / max(1, ‖θ‖/√(number of tensors)) in float32; other precisions by their square root, at most 5e-3.
-
-A step relative to the whole ‖θ‖ grows with depth and is far too long for top eigenvectors, which live in a few
-tensors.
-"""
 
 
 class HessianOperator:
@@ -56,7 +43,7 @@ class HessianOperator:
         gradient: ∇L(θ) if the caller has it; saves the finite difference one evaluation.
         central: use the central difference: twice the cost, error O(ε²).
         inner: inner product of two vectors; over all shards where the parameters are sharded.
-        step: of the finite difference, relative; `FD_STEP` if omitted.
+        step: of the finite difference, relative; `finite_difference.STEP` if omitted.
 
     Attributes: `method` in use, `hvps` products made, `cost` gradient evaluations spent, `fallback` the reason
         why "auto" left double backward ("" if it did not).
@@ -80,7 +67,7 @@ class HessianOperator:
         self.replay = loss if isinstance(loss, Replay) else Replay.of_loss(loss, self.params)
         self.gradient = gradient
         self.central = central
-        self.inner, self.step = inner, FD_STEP if step is None else step
+        self.inner, self.step = inner, finite_difference.STEP if step is None else step
         self.hvps, self.cost, self.fallback = 0, 0.0, ""
         self._graph: tuple[Tensor | GradientEdge, ...] | None = None
         self._size: float | None = None
@@ -101,7 +88,7 @@ class HessianOperator:
             reduce: called on a finished product, in place; averages over ranks, as a `Replay` does.
         """
         operator = cls(Replay(lambda: loss, params, reduce=reduce), params, "double_backward", **options)
-        operator._graph = _connected_gradient(loss, operator.params, create_graph=True)
+        operator._graph = double_backward.connected_gradient(loss, operator.params)
         operator.cost += 1.0
         return operator
 
@@ -179,7 +166,7 @@ class HessianOperator:
         """∇L(θ), a new vector. Cost: 1; by double backward that of the graph, which the products need anyway."""
         if self.method == "double_backward" and self._graph is None:
             try:
-                return self._reduced([_owned(g) for g in self._build_graph()])
+                return self._reduced([owned(g) for g in self._build_graph()])
             except RuntimeError as error:
                 self._fall_back(error)
         gradient = self._gradient()
@@ -212,42 +199,23 @@ class HessianOperator:
         self.method, self.fallback, self._graph = "finite_difference", why, None
 
     def _precise(self) -> bool:
-        """Whether gradients are exact enough to be subtracted from each other."""
-        return self.replay.precision <= torch.finfo(torch.float32).eps
+        return finite_difference.is_precise(self.replay.precision)
 
     def _finite_difference(self, vector: Vector, scale: Vector | None = None) -> Vector:
         if self.gradient is None and not self.central:
             self.gradient = self._gradient()
-        shards = [local(p.data) for p in self.params]  # .data: graphs that saved these parameters stay valid
-        step = self._step(shards, vector if scale is None else list(torch._foreach_mul(vector, scale)))
+        step = self._step(vector if scale is None else list(torch._foreach_mul(vector, scale)))
         if step == 0.0 or math.isnan(step):
             return [torch.full_like(v, step) for v in vector]
-        snapshot = [s.clone() for s in shards]
-        try:
-            _move(shards, vector, scale, step)
-            difference = self._gradient()
-            if self.central:
-                torch._foreach_copy_(shards, snapshot)
-                _move(shards, vector, scale, -step)
-                return scale_(add_(difference, self._gradient(), -1.0), 0.5 / step)
-            assert self.gradient is not None
-            return scale_(add_(difference, self.gradient, -1.0), 1.0 / step)
-        finally:
-            torch._foreach_copy_(shards, snapshot)  # copied back, never subtracted: bit for bit
+        at_rest = None if self.central else self.gradient
+        return finite_difference.product(self._gradient, at_rest, self.params, vector, scale, step)
 
-    def _step(self, shards: Vector, vector: Vector) -> float:
-        """ε such that ‖εv‖ is FD_STEP·max(1, root mean square of the tensors' norms), in float32.
-
-        Three times that for the central difference, whose error is of second order.
-        """
+    def _step(self, vector: Vector) -> float:
         length = math.sqrt(max(self.inner(vector, vector), 0.0))
         if self._size is None:  # the parameters do not move while the operator lives
+            shards = [local(p.data) for p in self.params]
             self._size = math.sqrt(max(self.inner(shards, shards), 0.0) / len(shards))
-        precision = self.replay.precision / torch.finfo(torch.float32).eps
-        step = min(self.step * math.sqrt(precision), 5e-3) * max(1.0, self._size) * (3.0 if self.central else 1.0)
-        if length == 0.0:
-            return 0.0
-        return step / length if math.isfinite(length) else math.nan
+        return finite_difference.step_length(self.step, length, self._size, self.replay.precision, self.central)
 
     def _gradient(self) -> Vector:
         self.cost += 1.0
@@ -255,9 +223,9 @@ class HessianOperator:
 
     def _build_graph(self) -> tuple[Tensor, ...]:
         """∇L(θ) with its graph, of which the ends are kept: the values need not stay in memory."""
-        self.cost += COST_GRAPH
+        self.cost += double_backward.COST_GRAPH
         with self.replay.untouched():  # around both passes: checkpoints run forward passes in the second
-            gradient = _connected_gradient(self.replay.bare_loss(), self.params, create_graph=True)
+            gradient = double_backward.connected_gradient(self.replay.bare_loss(), self.params)
         self._graph = tuple(get_gradient_edge(g) if g.requires_grad else g for g in gradient)
         return gradient
 
@@ -265,24 +233,9 @@ class HessianOperator:
         if self._graph is None:
             self._build_graph()
         assert self._graph is not None
-        self.cost += COST_DOUBLE_BACKWARD
-        ends = zip(self._graph, vector, strict=True)
-        outputs = [(end, v) for end, v in ends if isinstance(end, GradientEdge) or end.requires_grad]
-        if not outputs:  # the gradient is constant
-            return [torch.zeros_like(v) for v in vector]
+        self.cost += double_backward.COST
         with self.replay.untouched(), twice_differentiable():
-            product = list(
-                torch.autograd.grad(
-                    [end for end, _ in outputs],  # type: ignore[arg-type]
-                    self.params,
-                    [v for _, v in outputs],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            )
-        for index, part in enumerate(product):  # one by one: never two vectors at once
-            product[index] = _owned(part)
+            product = double_backward.product(self._graph, self.params, vector)
         return self._reduced(product)
 
     def _reduced(self, product: Vector) -> Vector:
@@ -292,127 +245,10 @@ class HessianOperator:
         return product
 
     def _forward_over_reverse(self, block: Vector) -> list[Vector]:
-        """One vector for each of the k rows of `block`, tensors of shape (k, *param.shape)."""
-        self.cost += COST_FORWARD_OVER_REVERSE * block[0].shape[0]
-        params = tuple(p.detach() for p in self.params)
-
-        def loss(values: tuple[Tensor, ...]) -> Tensor:
-            with Substitute(self.params, values):
-                return self.replay.bare_loss()
-
-        def product(tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            tangent: Any = torch.func.jvp(torch.func.grad(loss), (params,), (tangents,))[1]
-            return tuple(
-                t if isinstance(t, Tensor) else torch.zeros_like(p) for t, p in zip(tangent, params, strict=True)
-            )
-
-        with self.replay.untouched(), twice_differentiable(), _without_mkldnn():
-            if block[0].shape[0] == 1:
-                return [self._reduced([_owned(t) for t in product(tuple(b[0] for b in block))])]
-            rows = torch.func.vmap(product, randomness="same")(tuple(block))
-        return [self._reduced([_owned(t[i]) for t in rows]) for i in range(block[0].shape[0])]
-
-
-class ScaledOperator:
-    """D^½ A D^½ for a diagonal D ≥ 0, plus an optional diagonal shift inside: D^½ (±A + diag(shift)) D^½.
-
-    It is symmetric and has the spectrum of D·A, which is not.
-
-    Args:
-        root: D^½, one tensor per parameter.
-        shift: the coupled weight decay of each tensor, which joins the Hessian.
-        sign: −1 where the optimizer maximises.
-    """
-
-    def __init__(self, operator: HessianOperator, root: Vector, shift: Sequence[float] = (), sign: float = 1.0) -> None:
-        self.operator, self.root, self.sign = operator, root, sign
-        self.shift = list(shift) or [0.0] * len(root)
-
-    @property
-    def template(self) -> Vector:
-        return self.root
-
-    def inner(self, a: Vector, b: Vector) -> float:
-        return self.operator.inner(a, b)
-
-    def matvec(self, vector: Vector) -> Vector:
-        if not vector:
-            return []
-        product = self.operator.matvec(vector, self.root)
-        if self.sign != 1.0:
-            scale_(product, self.sign)
-        if any(self.shift):
-            direction = torch._foreach_mul(vector, self.root)
-            torch._foreach_mul_(direction, self.shift)
-            torch._foreach_add_(product, direction)
-        torch._foreach_mul_(product, self.root)
-        return product
-
-
-class Substitute(TorchFunctionMode):
-    """Runs code on other values of its parameters: a functional call without a module."""
-
-    def __init__(self, params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.values = {id(p): value for p, value in zip(params, values, strict=True)}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def swap(tensor: Tensor) -> Tensor:
-            return self.values.get(id(tensor), tensor)
-
-        kwargs = dict(kwargs or {})
-        # torch.func forbids writing to captured tensors: leave out the records that batch norm keeps for
-        # evaluation.
-        if func is Tensor.add_ and args[0].dtype == torch.long and args[0].ndim == 0:  # num_batches_tracked
-            return args[0]
-        if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
-            args = (args[0], None, None, *args[3:])
-        if func is F.mse_loss and len(args) > 1:  # torch 2.13: its second derivative forbids a constant target
-            args = (args[0], args[1] + 0 * args[0], *args[2:])
-        if func is F.instance_norm and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
-            args = (args[0], None, None, *args[3:])
-        return func(*tree_map_only(Tensor, swap, args), **tree_map_only(Tensor, swap, kwargs))
-
-
-def _connected_gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """∇loss with zeros for parameters that it does not depend on."""
-    check_loss(loss)
-    check_graph(loss)
-    if not loss.requires_grad:
-        return tuple(torch.zeros_like(p) for p in params)
-    gradient = torch.autograd.grad(
-        loss, list(params), create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    # autograd.grad walks round these nodes without a word: the product would be wrong, not missing.
-    if create_graph and any(node.name() == "torch::autograd::Error" for node in graph_nodes(gradient)):
-        raise RuntimeError("a function of the model is once_differentiable: it has no second derivative")
-    return gradient
-
-
-@contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    """Its recurrences have no forward derivative. (`mkldnn.flags` sets, and warns of, TF32 as well.)"""
-    mkldnn: Any = torch.backends.mkldnn
-    before = mkldnn.enabled
-    mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        mkldnn.enabled = before
-
-
-@torch.no_grad()
-def _move(shards: Vector, vector: Vector, scale: Vector | None, step: float) -> None:
-    """shards += step · (scale ∘ vector) in place."""
-    if scale is None:
-        add_(shards, vector, step)
-    else:
-        torch._foreach_addcmul_(shards, vector, scale, value=step)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy that may be written to: products can be expanded scalars, or the very vector that went in."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.cost += forward_over_reverse.COST * block[0].shape[0]
+        with self.replay.untouched(), twice_differentiable():
+            products = forward_over_reverse.products(self.replay.bare_loss, self.params, block)
+        return [self._reduced(product) for product in products]
 
 
 def _check(params: Sequence[Tensor], method: str) -> None:

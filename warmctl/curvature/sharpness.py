@@ -61,14 +61,7 @@ def sharpness(
     Raises: ValueError without trainable parameters, without batches, if the loss is not a scalar, or for a negative
     `tol`; TypeError if the loss is not a tensor, `model` no module or `loss_fn` no function.
     """
-    if not isinstance(model, nn.Module) or not callable(loss_fn):
-        given = f"{type(model).__name__} and {type(loss_fn).__name__}"
-        raise TypeError(f"sharpness(model, loss_fn, batch) takes an nn.Module and loss_fn(model, batch), got {given}")
-    if not tol >= 0:
-        raise ValueError(f"tol must not be negative, it is relative to the eigenvalue, got {tol!r}")
-    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("the model has no parameter that requires grad: there is no curvature to measure")
+    params = _checked(model, loss_fn, tol)
     random_state = RandomState([p.device for p in params])
     batches = _read(batch, random_state) if _is_several(batch) else [(batch, 1.0)]
     losses = [
@@ -85,6 +78,19 @@ def sharpness(
             stacklevel=2,
         )
     return result
+
+
+def _checked(model: nn.Module, loss_fn: Any, tol: float) -> list[Tensor]:
+    """The trainable parameters; raises for arguments that cannot work."""
+    if not isinstance(model, nn.Module) or not callable(loss_fn):
+        given = f"{type(model).__name__} and {type(loss_fn).__name__}"
+        raise TypeError(f"sharpness(model, loss_fn, batch) takes an nn.Module and loss_fn(model, batch), got {given}")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, it is relative to the eigenvalue, got {tol!r}")
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no parameter that requires grad: there is no curvature to measure")
+    return params
 
 
 class _WeightedSum:

@@ -22,13 +22,13 @@ import contextlib
 import math
 import os
 import warnings
-from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, Value, read_rows
+from warmctl.record.columns import Column, as_plain
+from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
 
 COLUMNS = (
     "step", "phase", "scale", "lr", "scheduled_lr", "loss", "sharpness", "threshold", "stability_ratio",
@@ -50,7 +50,7 @@ class History(Sequence[Row]):
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._stored: dict[str, _Column] = {}
+        self._stored: dict[str, Column] = {}
         self._length = 0
         self._recent: list[tuple[Any, ...]] = []
         self._last_step: float = -math.inf
@@ -71,7 +71,7 @@ class History(Sequence[Row]):
 
         Raises ValueError if "step" is missing or not an integer, TypeError if a value is not a plain scalar.
         """
-        plain = {name: _plain(name, value) for name, value in row.items()}
+        plain = {name: as_plain(name, value) for name, value in row.items()}
         step = plain.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise ValueError(f"a row of a history needs an integer 'step', got {step!r} in {dict(row)!r}")
@@ -156,7 +156,7 @@ class History(Sequence[Row]):
             self.close()
 
     @property
-    def _columns(self) -> dict[str, _Column]:
+    def _columns(self) -> dict[str, Column]:
         self._store()
         return self._stored
 
@@ -181,7 +181,7 @@ class History(Sequence[Row]):
             column.truncate(self._length)
 
     def _add_columns(self, names: Iterable[str]) -> None:
-        seen = {**self._stored, **{n: _Column(self._length) for n in names if n not in self._stored}}
+        seen = {**self._stored, **{n: Column(self._length) for n in names if n not in self._stored}}
         order = [name for name in COLUMNS if name in seen] + [name for name in seen if name not in COLUMNS]
         self._stored = {name: seen[name] for name in order}
 
@@ -235,68 +235,3 @@ def warmup_end(history: History) -> WarmupEnd | None:
             reason = str(row.get("reason") or "").removeprefix("warmup ended").lstrip(": ")
             return WarmupEnd(int(row["step"] or 0), reason)
     return None
-
-
-# -- columns ----------------------------------------------------------------------------------------------
-
-
-class _Column(Sequence[Value]):
-    """Scalars in nine bytes each: a double, and a tag: it is a float, an int, or an index into `others`."""
-
-    __slots__ = ("_cells", "_index", "_others", "_tags")
-    _FLOAT, _INT, _OTHER = range(3)
-
-    def __init__(self, length: int = 0) -> None:
-        self._others: list[Value] = [None]
-        self._index: dict[Value, int] = {None: 0}
-        self._cells = array("d", bytes(8 * length))
-        self._tags = bytearray([self._OTHER]) * length
-
-    def append(self, value: Value) -> None:
-        if type(value) is float:
-            tag, cell = self._FLOAT, value
-        elif type(value) is int and -(2**53) <= value <= 2**53:
-            tag, cell = self._INT, float(value)
-        else:
-            tag, cell = self._OTHER, float(self._index.setdefault(value, len(self._others)))
-            if cell == len(self._others):
-                self._others.append(value)
-        self._tags.append(tag)
-        self._cells.append(cell)
-
-    def extend(self, values: Sequence[Value]) -> None:
-        if set(map(type, values)) == {float}:
-            self._tags.extend(bytes([self._FLOAT]) * len(values))
-            self._cells.extend(values)  # type: ignore[arg-type]
-        else:
-            for value in values:
-                self.append(_plain("", value))
-
-    def truncate(self, length: int) -> None:
-        del self._tags[length:], self._cells[length:]
-
-    def __len__(self) -> int:
-        return len(self._tags)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._decode(self._tags[index], self._cells[index])
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._decode, self._tags, self._cells)
-
-    def _decode(self, tag: int, cell: float) -> Any:
-        return cell if tag == self._FLOAT else int(cell) if tag == self._INT else self._others[int(cell)]
-
-
-def _plain(name: str, value: Any) -> Value:
-    """`value` as exactly one of the five plain types."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value  # type: ignore[no-any-return]
-    if hasattr(value, "item"):  # numpy scalars come first here: numpy.float64 is a float, and not a plain one
-        value = value.item()
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, str):
-        return str.__str__(value)  # the text itself of a string enumeration
-    raise TypeError(f"column {name!r} takes numbers, strings, booleans and None, not {type(value).__name__}")

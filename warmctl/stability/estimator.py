@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.curvature.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration, power_step, ritz_step
-from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.curvature.eigen import WARM_START_NOISE, EigenResult, lanczos, power_iteration
+from warmctl.curvature.operators import HessianOperator
+from warmctl.curvature.scaled import ScaledOperator
+from warmctl.curvature.tracking import power_step, ritz_step
 from warmctl.loss.replay import Replay
 from warmctl.rates import learning_rate
-from warmctl.stability.measurement import Measurement, first_line
+from warmctl.stability.measurement import Measurement
 from warmctl.stability.update_rules import UpdateRule
 from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like, significant
+from warmctl.warning import first_line
 
 log = logging.getLogger("warmctl")
 
 AGREEMENT = 0.1
 """Relative difference of the two Rayleigh quotients up to which the cheaper one, by finite difference, is used."""
 STEP = 1e-3
-"""Relative step of the probe's finite differences, ten times `operators.FD_STEP`. A short step across the kinks of a
-ReLU is nearly all noise; a longer one is off where the loss is far from quadratic, as a transformer's is at first."""
+"""Relative step of the probe's finite differences, ten times `finite_difference.STEP`. A short step across the kinks of
+a ReLU is nearly all noise; a longer one is off where the loss is far from quadratic, as a transformer's is at first."""
 INCOHERENT = 0.2
 """Weight of a relative update without momentum: successive ones point apart. Chosen by trial, not derived."""
 LARGEST_SLACK = 100.0

@@ -78,8 +78,3 @@ _NUMBERS = [field.name for field in fields(Measurement) if field.name != "reason
 def failed(reason: str, cost: float = 0.0) -> Measurement:
     """A probe that came to nothing."""
     return Measurement(math.nan, math.nan, math.nan, math.nan, 0, cost, reason)
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line, for a log or a reason."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

@@ -1,0 +1,52 @@
+"""A run in a few figures: where and why warmup ended, how near the edge it came, and what the probes cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from warmctl.record.history import History, WarmupEnd, warmup_end
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in figures; None where the record does not say."""
+
+    steps: int
+    """Last step."""
+    phase: str | None
+    """Phase at the end."""
+    warmup: WarmupEnd | None
+    """Where and why warmup ended, if it did within the record."""
+    scale: float | None
+    """Scale at the end."""
+    peak_ratio: float | None
+    """Largest finite stability ratio."""
+    over_edge: float | None
+    """Share of the steps with a stability ratio at which it was above 1."""
+    probes: int | None
+    overhead: float | None
+    """Gradient evaluations spent on probes over those of training."""
+    loss: float | None
+    """Last loss, NaN and infinity included."""
+
+
+def summarise(history: History) -> Summary:
+    """The summary of a history of at least one row."""
+    ratios = [ratio for ratio in history["stability_ratio"] if ratio is not None and math.isfinite(ratio)]
+
+    def last(column: str) -> float | None:
+        return next((value for value in reversed(history[column]) if value is not None), None)
+
+    probes = last("probes")
+    return Summary(
+        steps=history["step"][-1],
+        phase=history["phase"][-1],
+        warmup=warmup_end(history),
+        scale=last("scale"),
+        peak_ratio=max(ratios, default=None),
+        over_edge=sum(ratio > 1 for ratio in ratios) / len(ratios) if ratios else None,
+        probes=None if probes is None else int(probes),
+        overhead=last("overhead"),
+        loss=last("loss"),
+    )
