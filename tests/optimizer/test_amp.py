@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, assert_same, batch_of, everything, loss_fn, mlp, train
 from torch import nn
 
+from tests.helpers import Batch, assert_same, batch_of, everything, loss_fn, mlp, train
 from warmctl import AdaptiveWarmup
 
 SKIPPED = {2, 5}

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems_closed_form import (
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from tests.problems_closed_form import (
     Problem,
     batch_norm,
     classification,
@@ -22,10 +26,6 @@ from problems_closed_form import (
     tanh_mlp,
     transformer,
 )
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
-
 from warmctl.curvature.eigen import lanczos
 from warmctl.curvature.operators import HessianOperator
 from warmctl.loss.replay import Replay

@@ -302,7 +302,7 @@ def test_draws_without_pyplot_and_shows_in_a_notebook() -> None:
 
 def test_leaves_backend_and_settings_alone(tmp_path: Path) -> None:
     """A process of its own: another test may have imported pyplot."""
-    package = Path(__file__).parents[1] / "warmctl"
+    package = Path(__file__).parents[2] / "warmctl"
     code = f"""
 import sys, types
 sys.modules["warmctl"] = package = types.ModuleType("warmctl")

@@ -15,11 +15,11 @@ import pytest
 import schedulefree  # type: ignore[import-untyped]
 import torch
 import torch.optim.lr_scheduler as schedulers
-from helpers import METRICS, assert_same, batch_of, closure_for, everything, loss_fn, mlp, noisy_net, train
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import SWALR
 
+from tests.helpers import METRICS, assert_same, batch_of, closure_for, everything, loss_fn, mlp, noisy_net, train
 from warmctl import AdaptiveWarmup
 
 STEEP = 50.0

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from problems_closed_form import awkward, batch_norm, tanh_mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.problems_closed_form import awkward, batch_norm, tanh_mlp
 from warmctl.curvature.operators import HessianOperator
 from warmctl.loss import replay
 from warmctl.loss.replay import NotReplayable, RandomState, Replay, intercept_backward

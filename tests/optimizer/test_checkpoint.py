@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, batch_of, everything, loss_fn, mlp, train
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from tests.helpers import assert_same, batch_of, everything, loss_fn, mlp, train
 from warmctl import AdaptiveWarmup
 
 Run = tuple[Any, AdaptiveWarmup]

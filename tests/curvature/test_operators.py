@@ -10,7 +10,10 @@ import pytest
 import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
-from problems_closed_form import (
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.problems_closed_form import (
     PROBLEMS,
     Problem,
     awkward,
@@ -22,9 +25,6 @@ from problems_closed_form import (
     transformer,
     unflat,
 )
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from warmctl.curvature.eigen import lanczos
 from warmctl.curvature.operators import METHODS, HessianOperator, ScaledOperator
 from warmctl.loss.replay import Replay

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems_closed_form import (
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.problems_closed_form import (
     PROBLEMS,
     Problem,
     batch_norm,
@@ -28,9 +31,6 @@ from problems_closed_form import (
     tanh_mlp,
     transformer,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
 from warmctl.curvature.eigen import lanczos
 from warmctl.curvature.operators import HessianOperator, ScaledOperator
 from warmctl.curvature.sharpness import sharpness

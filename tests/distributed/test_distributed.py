@@ -1,4 +1,4 @@
-"""Real processes: torchrun starts two ranks of distributed_worker.py once; each test reads one check."""
+"""Real processes: torchrun starts two ranks of worker.py once; each test reads one check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch.distributed
 
 Ranks = list[dict[str, Any]]
-TESTS = Path(__file__).parent
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def results() -> dict[str, Ranks]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(TESTS / "distributed_worker.py")],
+        [*command, str(WORKER)],
         env=environment,
         capture_output=True,
         text=True,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from problems_closed_form import flat, unflat
 from torch import Tensor
 
+from tests.problems_closed_form import flat, unflat
 from warmctl.curvature.eigen import lanczos, power_iteration
 from warmctl.vectors import Vector, dot
 

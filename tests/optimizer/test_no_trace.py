@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Batch, assert_same, batch_of, closure_for, everything, loss_fn, mlp, noisy_net, train
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_db
 
+from tests.helpers import Batch, assert_same, batch_of, closure_for, everything, loss_fn, mlp, noisy_net, train
 from warmctl import AdaptiveWarmup
 
 # torch.testing has frozen the global switches of all backends, for every test of this process.
