@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from tests.curvature.helpers import replay
 from tests.problems_closed_form import (
     Problem,
     batch_norm,
@@ -204,8 +205,7 @@ def test_batch_norm_keeps_its_counters() -> None:
     assert norm.num_batches_tracked.item() == 1  # by hand they move
     mean = norm.running_mean.clone()
     for method in ("double_backward", "forward_over_reverse", "finite_difference"):
-        replay = Replay.of_loss(problem.loss, problem.params, module=problem.model)
-        assert error(HessianOperator(replay, problem.params, method), oracle(problem)) < 2e-3
+        assert error(HessianOperator(replay(problem), problem.params, method), oracle(problem)) < 2e-3
         assert norm.num_batches_tracked.item() == 1
         assert torch.equal(norm.running_mean, mean)
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers import weights
+from tests.integrations.helpers import Rows, decisions, failures
 from warmctl import AdaptiveWarmup, sharpness
 
 accelerate = pytest.importorskip("accelerate")
@@ -21,7 +23,6 @@ from accelerate import Accelerator  # type: ignore[import-untyped]  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-untyped]  # noqa: E402
 
-Rows = list[dict[str, Any]]
 BATCH, MICRO_BATCHES = 8, 6
 
 
@@ -95,19 +96,11 @@ class Run:
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.bare.parameters()])
+        return weights(self.bare)
 
     @property
     def rows(self) -> Rows:
         return list(self.opt.history)
-
-
-def failures(rows: Rows) -> list[str]:
-    return [row["reason"] for row in rows if "fail" in row["reason"]]
-
-
-def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
 
 
 def test_prepare_recognises_the_wrapper() -> None:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers import weights
+from tests.integrations.helpers import Rows, decisions, failures
 from warmctl import AdaptiveWarmup, sharpness
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -26,7 +28,6 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 from warmctl.integrations.lightning import WarmupLogger  # noqa: E402
 
-Rows = list[dict[str, Any]]
 BATCH, BATCHES = 8, 6
 pytestmark = pytest.mark.filterwarnings("ignore:.*num_workers", "ignore:.*LeafSpec", "ignore:.*isinstance")
 
@@ -75,7 +76,7 @@ class Classifier(pl.LightningModule):  # type: ignore[misc,name-defined]
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.parameters()])
+        return weights(self)
 
 
 class Losses(Callback):
@@ -119,14 +120,6 @@ def drop_nothing(model: Classifier) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def failures(rows: Rows) -> list[str]:
-    return [row["reason"] for row in rows if "fail" in row["reason"]]
-
-
-def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2}], ids=str)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import weights
+from tests.integrations.helpers import Rows, decisions, failures
 from warmctl import AdaptiveWarmup, sharpness
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,7 +34,6 @@ from transformers import (  # noqa: E402
 
 from warmctl.integrations.transformers import log_warmup  # noqa: E402
 
-Rows = list[dict[str, Any]]
 VOCABULARY, LENGTH, BATCH = 64, 16, 4
 
 
@@ -114,15 +115,7 @@ class Run:
 
     @property
     def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
-
-def failures(rows: Rows) -> list[str]:
-    return [row["reason"] for row in rows if "fail" in row["reason"]]
-
-
-def decisions(rows: Rows) -> list[tuple[Any, ...]]:
-    return [(row["step"], row["scale"], repr(row["stability_ratio"]), row["overhead"], row["lr"]) for row in rows]
+        return weights(self.model)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tests.helpers import weights
 from warmctl import AdaptiveWarmup, sharpness
 
 Wrap = Callable[[Optimizer, nn.Module], Optimizer]
@@ -126,10 +127,6 @@ def nanogpt(
 
 def bare(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     return optimizer
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

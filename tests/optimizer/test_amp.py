@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import Batch, assert_same, batch_of, everything, loss_fn, mlp, train
+from tests.helpers import Batch, OwnLoss, assert_same, batch_of, closure_for, everything, loss_fn, mlp, own_loss, train
 from warmctl import AdaptiveWarmup
 
 SKIPPED = {2, 5}
@@ -25,23 +25,22 @@ def _no_failed_probes() -> Iterator[None]:
         yield
 
 
-class LossModel(nn.Module):
-    """Returns its own loss; keeps count of its forward passes in a buffer, as batch norm does."""
+class CountedLoss(OwnLoss):
+    """Keeps count of its forward passes in a buffer, as batch norm does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = mlp()
         self.autocast: set[bool] = set()
         self.register_buffer("forwards", torch.zeros(()))
 
     def forward(self, batch: Batch) -> dict[str, Any]:
         self.forwards.add_(1)  # type: ignore[operator]
         self.autocast.add(torch.is_autocast_enabled("cpu"))
-        return {"loss": loss_fn(self.net, batch)}
+        return super().forward(batch)
 
 
 def scaled_run(optimizer: str, clip: bool, wrap: bool, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
-    model = LossModel()
+    model = CountedLoss()
     opt: Any
     if optimizer == "sgd":
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -98,7 +97,7 @@ def test_a_skipped_step_is_none_when_warmup_is_over(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "fused"])
 def test_the_loss_scale_does_not_reach_the_measurement(optimizer: str) -> None:
     def sharpness(scale: float) -> float:
-        model = LossModel()
+        model = CountedLoss()
         kwargs = {"fused": True} if optimizer == "fused" else {}
         rule: Any = torch.optim.AdamW if optimizer == "fused" else torch.optim.SGD
         opt = AdaptiveWarmup(rule(model.parameters(), lr=0.1, **kwargs), model, every=1)
@@ -150,29 +149,24 @@ def test_a_fused_step_is_still_unscaled_by_the_kernel_when_warmup_is_over() -> N
 # Low precision --------------------------------------------------------------------------------------------
 
 
-def by_closure(opt: Any, model: nn.Module, batch: Batch) -> None:
-    def closure() -> Any:
-        opt.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss: Any = model(batch)["loss"]
-        loss.backward()
-        return loss
+def bfloat16_loss(model: nn.Module, batch: Batch) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return own_loss(model, batch)
 
-    opt.step(closure)
+
+def by_closure(opt: Any, model: nn.Module, batch: Batch) -> None:
+    opt.step(closure_for(opt, model, batch, bfloat16_loss))
 
 
 def by_capture(opt: Any, model: nn.Module, batch: Batch) -> None:
-    opt.zero_grad()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(batch)["loss"]
-    loss.backward()
+    closure_for(opt, model, batch, bfloat16_loss)()
     opt.step()
 
 
 @pytest.mark.parametrize("loop", [by_closure, by_capture])
 def test_autocast_reaches_the_probe_and_leaves_no_trace(loop: Callable[..., None]) -> None:
     def run(wrap: bool) -> tuple[Any, Any]:
-        model = LossModel()
+        model = CountedLoss()
         opt: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         if wrap:
             opt = AdaptiveWarmup(opt, model, every=1, control=False)
@@ -185,7 +179,7 @@ def test_autocast_reaches_the_probe_and_leaves_no_trace(loop: Callable[..., None
 
     found, expected = run(True), run(False)
     assert_same(found[0], expected[0])
-    exact = LossModel()
+    exact = CountedLoss()
     base = torch.optim.SGD(exact.parameters(), lr=0.1, momentum=0.9)
     reference = AdaptiveWarmup(base, exact, every=1, control=False)
     train(reference, exact.net, range(4))
@@ -202,14 +196,7 @@ def test_bfloat16_parameters_are_measured(hvp: str) -> None:
         x, y = batch_of(0)
         rows: list[dict[str, Any]] = []
         for _ in range(3):
-
-            def closure() -> Any:
-                opt.zero_grad()
-                loss = loss_fn(model, (x.to(dtype), y.to(dtype)))
-                loss.backward()
-                return loss
-
-            opt.step(closure)
+            opt.step(closure_for(opt, model, (x.to(dtype), y.to(dtype))))
             rows.append(opt.metrics)
         assert all(p.dtype == dtype for p in model.parameters())
         return rows[-1]

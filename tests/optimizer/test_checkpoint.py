@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import AdamW
 
-from tests.helpers import assert_same, batch_of, everything, loss_fn, mlp, train
+from tests.helpers import assert_same, batch_of, closure_for, everything, loss_fn, mlp, train
 from warmctl import AdaptiveWarmup
 
 Run = tuple[Any, AdaptiveWarmup]
@@ -185,14 +186,7 @@ def test_a_bare_optimizer_sets_up_what_had_no_state_when_ours_was_saved(steps: i
     opt = AdaptiveWarmup(torch.optim.AdamW(model.parameters()), model)
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     for _ in range(steps):
-
-        def closure() -> torch.Tensor:
-            opt.zero_grad()
-            loss = model["body"](x).square().mean()
-            loss.backward()
-            return loss
-
-        opt.step(closure)
+        opt.step(closure_for(opt, model["body"], x, lambda m, b: m(b).square().mean()))
     bare = torch.optim.AdamW(model.parameters())
     bare.load_state_dict(opt.state_dict())
     sum(part(x).square().mean() for part in model.values()).backward()
@@ -287,3 +281,19 @@ def test_a_bare_state_dict_leaves_the_wrapper_announced() -> None:
     bare["param_groups"][0].pop("warmctl", None)
     opt.load_state_dict(bare)
     assert "warmctl" in opt.base.param_groups[0]
+
+
+def test_a_frozen_parameter_and_one_never_used_do_not_hinder_saving() -> None:
+    model = nn.ModuleDict({"net": mlp(), "unused": nn.Linear(4, 3)})
+    opt = AdaptiveWarmup(AdamW(model.parameters()), model, every=1)
+
+    def step() -> None:
+        opt.step(closure_for(opt, model["net"], batch_of(0)))
+
+    step()
+    opt.state_dict()
+    copy.deepcopy(opt)
+    next(model["net"].parameters()).requires_grad_(False)
+    saved = opt.state_dict()
+    AdaptiveWarmup(AdamW(model.parameters()), model).load_state_dict(saved)
+    step()

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_db
 
-from tests.helpers import Batch, assert_same, batch_of, closure_for, everything, loss_fn, mlp, noisy_net, train
+from tests.helpers import (
+    Batch,
+    OwnLoss,
+    assert_same,
+    batch_of,
+    closure_for,
+    everything,
+    loss_fn,
+    mlp,
+    noisy_net,
+    own_loss,
+    train,
+)
 from warmctl import AdaptiveWarmup
 
 # torch.testing has frozen the global switches of all backends, for every test of this process.
@@ -107,14 +119,7 @@ def test_sparse_adam_is_watched_without_a_trace() -> None:
         opt = AdaptiveWarmup(opt, model, every=1, control=False) if wrap else opt
         for step in range(4):
             rows = torch.tensor([step, step + 1, step])
-
-            def closure(rows: Tensor = rows) -> Any:
-                opt.zero_grad()
-                loss = model(rows).square().mean()
-                loss.backward()
-                return loss
-
-            opt.step(closure)
+            opt.step(closure_for(opt, model, rows, lambda m, b: m(b).square().mean()))
         return model, opt
 
     bare, wrapped = run(False), run(True)
@@ -126,31 +131,23 @@ def test_sparse_adam_is_watched_without_a_trace() -> None:
 # Each source of the loss, on a model with buffers and random numbers --------------------------------------
 
 
-class LossModel(nn.Module):
-    """Returns its own loss, as Hugging Face models do; draws from every random stream."""
+class NoisyLoss(OwnLoss):
+    """Draws from every random stream."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net = noisy_net()
+        super().__init__(noisy_net())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         jitter = 1 + 0.1 * np.random.rand() + 0.1 * random.random()
-        return {"loss": loss_fn(self.net, batch) * jitter}
+        return {"loss": super().forward(batch)["loss"] * jitter}
 
 
 def by_closure(opt: Any, model: nn.Module, batch: Batch) -> None:
-    def closure() -> Any:
-        opt.zero_grad()
-        loss: Any = model(batch)["loss"]
-        loss.backward()
-        return loss
-
-    opt.step(closure)
+    opt.step(closure_for(opt, model, batch, own_loss))
 
 
 def by_capture(opt: Any, model: nn.Module, batch: Batch) -> None:
-    opt.zero_grad()
-    model(batch)["loss"].backward()
+    closure_for(opt, model, batch, own_loss)()
     opt.step()
 
 
@@ -186,11 +183,11 @@ def test_a_probe_leaves_no_trace(hvp: str, loop: Callable[..., None], optimizer_
         pytest.skip("a rule that is not known is measured after the update, when the live graph is gone")
 
     def run(wrap: bool) -> tuple[list[dict[str, Any]], int]:
-        model = LossModel()
+        model = NoisyLoss()
         model.net[4].eval()  # a mixture of modes is kept, too
         opt: Any = optimizer_class(model.parameters(), lr=0.01)
         if wrap:
-            source: Any = {"loss_fn": lambda m, batch: m(batch)["loss"]} if loop is by_observe else {}
+            source: Any = {"loss_fn": own_loss} if loop is by_observe else {}
             opt = AdaptiveWarmup(opt, model, every=1, control=False, hvp=hvp, **source)
         torch.manual_seed(1), np.random.seed(1), random.seed(1)
         trace = []
