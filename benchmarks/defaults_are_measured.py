@@ -42,7 +42,8 @@ from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Decision, Reading
 from warmctl.curvature.eigen import EigenResult, lanczos, power_step
-from warmctl.curvature.operators import HessianOperator, ScaledOperator
+from warmctl.curvature.operators import HessianOperator
+from warmctl.curvature.scaled import ScaledOperator
 from warmctl.distributed import inner_product
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement

@@ -43,14 +43,44 @@ def loss_fn(model: nn.Module, batch: Batch) -> Any:
     return F.mse_loss(model(batch[0]), batch[1])
 
 
-def closure_for(opt: Any, model: Any, batch: Batch) -> Callable[[], Any]:
+class OwnLoss(nn.Module):
+    """Returns its own loss, as Hugging Face's models do."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = net or mlp()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": loss_fn(self.net, batch)}
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Any:
+    return model(batch)["loss"]
+
+
+def sgd(model: nn.Module, rate: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+
+
+def monitor(model: nn.Module, base: torch.optim.Optimizer | None = None, **options: Any) -> AdaptiveWarmup:
+    """A wrapper that measures at every step and leaves the rate alone."""
+    return AdaptiveWarmup(base or sgd(model), model, **({"every": 1, "control": False} | options))
+
+
+def closure_of(opt: Any, loss: Callable[[], Any]) -> Callable[[], Any]:
+    """The closure of the PyTorch documentation round this loss."""
+
     def closure() -> Any:
         opt.zero_grad()
-        loss: Any = loss_fn(model, batch)
-        loss.backward()
-        return loss
+        value = loss()
+        value.backward()
+        return value
 
     return closure
+
+
+def closure_for(opt: Any, model: Any, batch: Any, loss: Callable[[Any, Any], Any] = loss_fn) -> Callable[[], Any]:
+    return closure_of(opt, lambda: loss(model, batch))
 
 
 def train(opt: Any, model: Any, steps: Iterable[int]) -> list[dict[str, Any]]:
@@ -60,6 +90,11 @@ def train(opt: Any, model: Any, steps: Iterable[int]) -> list[dict[str, Any]]:
         opt.step(closure_for(opt, model, batch_of(step)))
         rows.append(dict(getattr(opt, "metrics", {})))
     return rows
+
+
+def weights(model: nn.Module) -> Tensor:
+    """A copy of all parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def random_streams() -> dict[str, Any]:

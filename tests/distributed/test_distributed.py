@@ -1,0 +1,115 @@
+"""Real processes: torchrun starts two ranks of worker.py once; each test reads one check."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+
+Ranks = list[dict[str, Any]]
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Ranks]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(WORKER)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Ranks] = json.loads(lines[-1].removeprefix("RESULTS "))
+    return found
+
+
+def ranks(results: dict[str, Ranks], name: str) -> Ranks:
+    """What each rank returned; fails with the traceback of one that did not."""
+    for found in results[name]:
+        assert "error" not in found, found["error"]
+    return results[name]
+
+
+TRAINED = [
+    "ddp_inner_closure",
+    "ddp_inner_captured",
+    "ddp_outer_closure",
+    "ddp_outer_captured",
+    "ddp_bucket_view_unused",
+    "ddp_bucket_view_unused_captured",
+    "ddp_backward",
+    "ddp_no_sync",
+    "fsdp_closure",
+    "fsdp_captured",
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_ranks_with_different_data_agree(results: dict[str, Ranks], name: str) -> None:
+    """Identical decisions at every step, and identical weights at the end, to the last bit."""
+    first, second = ranks(results, name)
+    assert first["decisions"] == second["decisions"]
+    assert first["weights"] == second["weights"]
+    assert len(first["decisions"]) == 6
+    assert min(scale for scale, *_ in first["decisions"]) < 1.0  # there was something to agree on
+    assert not first["failures"] and not second["failures"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_measures_what_one_process_measures_on_the_whole_batch(results: dict[str, Ranks], name: str) -> None:
+    for found in ranks(results, name):
+        assert found["sharpness"] == pytest.approx(found["expected"], rel=1e-3)
+
+
+def test_sharded_parameters_use_finite_differences(results: dict[str, Ranks]) -> None:
+    for name in ("fsdp_closure", "fsdp_captured"):
+        assert [found["method"] for found in ranks(results, name)] == ["finite_difference"] * 2
+
+
+def test_sharded_and_replicated_training_are_the_same(results: dict[str, Ranks]) -> None:
+    """FSDP2 and DDP train the same model on the same rows: equal but for the order of sums."""
+    sharded, replicated = (ranks(results, name)[0] for name in ("fsdp_closure", "ddp_inner_closure"))
+    assert sharded["weights"] == pytest.approx(replicated["weights"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["monitor_ddp", "monitor_fsdp"])
+def test_monitor_leaves_no_trace(results: dict[str, Ranks], name: str) -> None:
+    for found in ranks(results, name):
+        assert found["equal"] and found["probes"] == 6 and not found["failures"]
+
+
+def test_distributed_checkpoint_resumes_in_mid_warmup_bit_for_bit(results: dict[str, Ranks]) -> None:
+    for found in ranks(results, "fsdp_checkpoint"):
+        assert found["at_save"] == found["at_load"]
+        assert found["at_save"][0] == "warmup"
+        whole, resumed = found["decisions"]
+        assert len(resumed) == 6 and resumed == whole
+        assert found["equal"]
+        assert found["probed"] > 0 and not found["failures"]
+
+
+def test_a_probe_that_fails_on_one_rank_fails_on_both(results: dict[str, Ranks]) -> None:
+    first, second = ranks(results, "failure_on_one_rank")
+    assert first["after"] == second["after"] <= first["before"]
+    assert "another rank" in first["reason"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_a_failure_on_both(results: dict[str, Ranks]) -> None:
+    """And not a deadlock: neither rank goes into a collective of a probe alone."""
+    first, second = ranks(results, "nan_on_one_rank")
+    assert first["decisions"] == second["decisions"]
+    assert not first["probed"] and not second["probed"]

@@ -1,0 +1,229 @@
+"""Training scripts as their authors wrote them: wrapping the optimizer is the only line that differs.
+
+`nanogpt` follows karpathy/nanoGPT's train.py: the model returns (logits, loss), the rate is written into the
+groups at every iteration, micro-batches are averaged by hand, and the step goes through a GradScaler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tests.helpers import weights
+from warmctl import AdaptiveWarmup, sharpness
+
+Wrap = Callable[[Optimizer, nn.Module], Optimizer]
+VOCABULARY, BLOCK, WIDTH = 32, 16, 32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.c_attn, self.c_proj = (
+            nn.Linear(WIDTH, 3 * WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+        )
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        q, k, v = (t.view(rows, length, 4, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(width, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).reshape(rows, length, width))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class GPT(nn.Module):
+    """nanoGPT's model at its smallest: tied embedding, learned positions, (logits, loss)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(BLOCK, WIDTH)
+        self.h = nn.ModuleList([Block(), Block()])
+        self.ln_f, self.lm_head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in self.h:
+            x = block(x)
+        if targets is None:
+            return self.lm_head(self.ln_f(x[:, [-1], :])), None
+        logits = self.lm_head(self.ln_f(x))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float]) -> Optimizer:
+        params = list(self.parameters())
+        decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+
+def nanogpt(
+    wrap: Wrap, *, accumulation: int = 2, steps: int = 12, learning_rate: float = 3e-2, clip: float = 1.0
+) -> Any:
+    """train.py. Returns the model, the optimizer, and the rates that the loop saw after each step."""
+    torch.manual_seed(1337)
+    data = torch.randint(VOCABULARY, (4096,)).cumsum(0) % VOCABULARY
+    draws = torch.Generator().manual_seed(7)
+
+    def get_batch() -> tuple[Tensor, Tensor]:
+        ix = torch.randint(len(data) - BLOCK, (8,), generator=draws)
+        x = torch.stack([data[i : i + BLOCK] for i in ix.tolist()])
+        y = torch.stack([data[i + 1 : i + 1 + BLOCK] for i in ix.tolist()])
+        return x, y
+
+    def get_lr(it: int) -> float:
+        coeff = 0.5 * (1.0 + math.cos(math.pi * it / steps))
+        return 0.1 * learning_rate + coeff * 0.9 * learning_rate
+
+    @torch.no_grad()
+    def estimate_loss() -> float:
+        model.eval()
+        losses: list[float] = [model(*get_batch())[1].item() for _ in range(2)]
+        model.train()
+        return sum(losses) / 2
+
+    rates, evaluations = [], []
+    model = GPT()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = model.configure_optimizers(1e-1, learning_rate, (0.9, 0.95))
+    optimizer = wrap(optimizer, model)  # the only line that differs
+    X, Y = get_batch()
+    for iter_num in range(steps):
+        lr = get_lr(iter_num)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        if iter_num % 5 == 0:
+            evaluations.append(estimate_loss())
+        for _ in range(accumulation):
+            with nullcontext():
+                _logits, loss = model(X, Y)
+                loss = loss / accumulation
+            X, Y = get_batch()
+            scaler.scale(loss).backward()
+        if clip != 0.0:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        rates.append((lr, [group["lr"] for group in optimizer.param_groups]))
+    return model, optimizer, rates, evaluations
+
+
+def bare(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    return optimizer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_nanogpt_monitored_is_bitwise_the_bare_run(accumulation: int) -> None:
+    plain, *_, evaluations = nanogpt(bare, accumulation=accumulation)
+    model, opt, _, monitored = nanogpt(
+        lambda o, m: AdaptiveWarmup(o, m, control=False, every=2), accumulation=accumulation
+    )
+    assert torch.equal(weights(plain), weights(model))
+    assert monitored == evaluations  # the data stream and the evaluation mode were not disturbed either
+    assert opt.metrics["probes"] >= 6
+    assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
+
+
+def test_nanogpt_controlled() -> None:
+    """The loop's own rate is scaled inside `step` and only there, and control shows in the weights."""
+    plain, *_ = nanogpt(bare, learning_rate=0.3)
+    model, opt, rates, _ = nanogpt(lambda o, m: AdaptiveWarmup(o, m), learning_rate=0.3)
+    assert all(lr == seen for lr, groups in rates for seen in groups)
+    rows = list(opt.history)
+    assert len(rows) == 12
+    assert [row["scheduled_lr"] for row in rows] == [lr for lr, _ in rates]
+    assert all(row["lr"] == pytest.approx(row["scale"] * row["scheduled_lr"]) for row in rows)
+    assert min(row["scale"] for row in rows) < 0.5
+    assert not torch.equal(weights(plain), weights(model))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_nanogpt_measures_the_loss_it_trains_on(accumulation: int) -> None:
+    """λ of the first probe is that of the last micro-batch, not divided by their number."""
+    batches: list[tuple[Tensor, Tensor]] = []
+
+    class Recorded(torch.optim.SGD):
+        pass
+
+    def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        model.register_forward_pre_hook(lambda m, args: batches.append(args) if torch.is_grad_enabled() else None)
+        base = torch.optim.SGD(model.parameters(), lr=1e-4)
+        return AdaptiveWarmup(base, model, every=1, probe_steps=16)
+
+    _, opt, *_ = nanogpt(wrap, accumulation=accumulation, steps=1, clip=0.01)
+    torch.manual_seed(1337)
+    torch.randint(VOCABULARY, (4096,))
+    x, y = batches[accumulation - 1]
+    truth = sharpness(GPT(), lambda m, b: m(*b)[1], (x, y), tol=1e-2)
+    assert opt.metrics["sharpness"] == pytest.approx(truth.eigenvalue, rel=0.02)
+
+
+def classifier(wrap: Wrap, *, steps: int = 30, clip: float = 0.0, penalty: float = 0.0) -> Any:
+    """The loop of most tutorials, with a model that returns its own loss and a scheduler."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 10)
+    y = (x[:, 0] > 0).long()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2)
+            )
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model = Net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    for step in range(steps):
+        rows = torch.arange(16) + 16 * (step % 4)
+        optimizer.zero_grad()
+        loss = model(x[rows], labels=y[rows])["loss"]
+        if penalty:
+            loss = loss + penalty * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_tutorial_loop_monitored_is_bitwise_the_bare_run(clip: float) -> None:
+    """Dropout and batch norm: neither random streams nor running statistics notice the probes."""
+    plain, base = classifier(bare, clip=clip)
+    model, opt = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=3), clip=clip)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True))
+    assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
+    assert opt.metrics["probes"] == 10
+    assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
+
+
+def test_a_small_penalty_beside_the_models_loss_does_not_spoil_the_difference() -> None:
+    """`.grad` is then not the gradient of the captured loss: a finite difference from it is far off."""
+    _, opt = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=1), penalty=1e-3)
+    _, reference = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=1), penalty=1e-9)
+    found, expected = (next(iter(list(o.history)[1:]))["sharpness"] for o in (opt, reference))
+    assert found == pytest.approx(expected, rel=0.1)

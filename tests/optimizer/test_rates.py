@@ -1,0 +1,191 @@
+"""Rates: as schedulers and hooks set them outside of the step, scaled inside of it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.optim.lr_scheduler as schedulers
+from torch import nn
+from torch.optim.swa_utils import SWALR
+
+from tests.helpers import assert_same, batch_of, loss_fn, mlp, train
+from tests.optimizer.helpers import STEEP, rates_in_step, wrapped
+from warmctl import AdaptiveWarmup
+
+
+def test_rates_written_by_hand_are_scaled_inside_the_step_and_put_back() -> None:
+    model, opt = wrapped()
+    opt.add_param_group({"params": [], "lr": 7.0})
+    applied = rates_in_step(opt)
+    for step in range(6):
+        opt.param_groups[0]["lr"] = rate = STEEP / (1 + step)
+        train(opt, model, [step])
+        assert [group["lr"] for group in opt.param_groups] == [rate, 7.0]
+        assert applied[-1] == opt.metrics["lr"] == opt.metrics["scale"] * rate
+    assert opt.metrics["scale"] < 1
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_a_tensor_rate_is_filled_in_place(optimizer_class: Any) -> None:
+    model = mlp()
+    rate = torch.tensor(STEEP)
+    opt = AdaptiveWarmup(optimizer_class(model.parameters(), lr=rate), model, every=1)
+    applied = rates_in_step(opt)
+    for step in range(4):
+        train(opt, model, [step])
+        assert opt.param_groups[0]["lr"] is rate and rate.item() == STEEP
+    assert 0 < applied[-1] < STEEP
+    assert applied[-1] == pytest.approx(opt.metrics["lr"], rel=1e-6)
+
+
+def test_a_tensor_rate_shared_by_groups_is_scaled_once() -> None:
+    model = mlp()
+    rate = torch.tensor(STEEP)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups, lr=rate), model, every=1)
+    assert opt.param_groups[0]["lr"] is opt.param_groups[1]["lr"]
+    seen = rates_in_step(opt)
+    for step in range(3):
+        (row,) = train(opt, model, [step])
+        assert 0 < row["scale"] < 1
+        assert seen[-1] == pytest.approx(STEEP * row["scale"])
+        assert all(group["lr"] is rate and float(rate) == STEEP for group in opt.param_groups)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("by", ["number", "fill", "replace"])
+def test_a_rate_written_in_a_step_hook_stays(by: str, when: str, shared: bool) -> None:
+    model, opt = wrapped()
+    second = nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [second], "lr": STEEP})
+    if by != "number":
+        rate = torch.tensor(STEEP)
+        for group in opt.param_groups:
+            group["lr"] = rate if shared else rate.clone()
+
+    def write(base: Any, *_: Any) -> None:
+        group = base.param_groups[0]
+        if by == "fill":
+            group["lr"].fill_(0.25)
+        else:
+            group["lr"] = 0.25 if by == "number" else torch.tensor(0.25)
+
+    register = opt.register_step_pre_hook if when == "pre" else opt.register_step_post_hook
+    register(write)
+    loss_fn(model, batch_of(0)).backward()
+    opt.backward(second.sum())
+    opt.step()
+    assert 0 < opt.metrics["scale"] < 1
+    assert float(opt.param_groups[0]["lr"]) == 0.25
+    assert float(opt.param_groups[1]["lr"]) == (0.25 if shared and by == "fill" else STEEP)
+
+
+def _by_closure(opt: Any, model: nn.Module, step: int) -> None:
+    train(opt, model, [step])
+
+
+def _by_observe(opt: Any, model: Any, step: int) -> None:
+    opt.observe(batch_of(step))
+    opt.zero_grad()
+    loss_fn(model, batch_of(step)).backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("loop", [_by_closure, _by_observe])
+@pytest.mark.parametrize("after", ["guard", "hold", "release"])
+def test_the_scale_is_applied_and_logged_in_every_phase(after: str, loop: Callable[..., None]) -> None:
+    model, opt = wrapped(after=after, max_warmup=3, loss_fn=loss_fn)
+    applied = rates_in_step(opt)
+    for step in range(12):
+        loop(opt, model, step)
+        assert applied[-1] == opt.metrics["lr"] == opt.metrics["scale"] * STEEP == opt.history[-1]["lr"]
+        assert opt.history[-1]["scheduled_lr"] == STEEP
+        assert opt.metrics["step"] == len(opt.history) == step + 1
+    assert opt.phase == ("guard" if after == "guard" else "done")
+    kept: list[Any] = [row["scale"] for row in opt.history[4:]]
+    if after == "hold":
+        assert len(set(kept)) == 1 and 0 < kept[0] < 1
+    if after == "release":
+        assert kept == sorted(kept) and kept[-1] > kept[0]
+
+
+class _Breaks(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            closure()
+        raise RuntimeError("no luck", self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_rates_are_put_back_when_the_step_fails(tensor_rate: bool) -> None:
+    model = mlp()
+    rate = torch.tensor(STEEP) if tensor_rate else STEEP
+    opt = AdaptiveWarmup(_Breaks(model.parameters(), lr=rate), model, every=1, max_warmup=1)
+    opt.controller.state.scale = 0.25
+    with pytest.raises(RuntimeError, match="no luck") as failure:
+        train(opt, model, [0])
+    assert failure.value.args[1] is not rate or tensor_rate
+    assert opt.param_groups[0]["lr"] is rate and float(rate) == STEEP
+
+
+# Schedulers -------------------------------------------------------------------------------------------------
+
+
+LR = schedulers
+
+
+SCHEDULERS: dict[type, Callable[[Any], Any]] = {
+    LR.LambdaLR: lambda o: LR.LambdaLR(o, lambda step: 0.9**step),
+    LR.MultiplicativeLR: lambda o: LR.MultiplicativeLR(o, lambda step: 0.9),
+    LR.StepLR: lambda o: LR.StepLR(o, 3),
+    LR.MultiStepLR: lambda o: LR.MultiStepLR(o, [2, 5]),
+    LR.ConstantLR: lambda o: LR.ConstantLR(o, total_iters=4),
+    LR.LinearLR: lambda o: LR.LinearLR(o, total_iters=4),
+    LR.ExponentialLR: lambda o: LR.ExponentialLR(o, 0.8),
+    LR.PolynomialLR: lambda o: LR.PolynomialLR(o, total_iters=8, power=2.0),
+    LR.CosineAnnealingLR: lambda o: LR.CosineAnnealingLR(o, 8),
+    LR.CosineAnnealingWarmRestarts: lambda o: LR.CosineAnnealingWarmRestarts(o, 3),
+    LR.CyclicLR: lambda o: LR.CyclicLR(o, 0.1, STEEP, step_size_up=3, cycle_momentum=True),
+    LR.OneCycleLR: lambda o: LR.OneCycleLR(o, STEEP, total_steps=12, cycle_momentum=True),
+    LR.ChainedScheduler: lambda o: LR.ChainedScheduler([LR.ExponentialLR(o, 0.9), LR.StepLR(o, 3)]),
+    LR.SequentialLR: lambda o: LR.SequentialLR(
+        o, [LR.LinearLR(o, total_iters=3), LR.CosineAnnealingLR(o, 6)], milestones=[3]
+    ),
+    LR.ReduceLROnPlateau: lambda o: LR.ReduceLROnPlateau(o, patience=1, mode="max"),
+    SWALR: lambda o: SWALR(o, swa_lr=0.1, anneal_epochs=4),
+}
+
+
+def test_every_scheduler_of_torch_is_here() -> None:
+    classes = {v for k, v in vars(LR).items() if inspect.isclass(v) and k[0] != "_"}
+    assert {c for c in classes if issubclass(c, LR.LRScheduler)} - {LR.LRScheduler} <= SCHEDULERS.keys()
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
+def test_a_scheduler_sees_and_sets_the_rates_of_the_bare_optimizer(kind: type) -> None:
+    def run(wrap: bool) -> tuple[list[Any], list[str], bool]:
+        model, opt = wrapped()
+        applied = rates_in_step(opt.base)
+        opt_seen: Any = opt if wrap else opt.base
+        scheduled, below = [], False
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            scheduler = SCHEDULERS[kind](opt_seen)
+            for step in range(8):
+                scheduled.append([dict(g, params=0, warmctl=0) for g in opt.param_groups])
+                train(opt_seen, model, [step])
+                below |= applied[-1] < scheduled[-1][0]["lr"]
+                scheduler.step(1.0) if kind is LR.ReduceLROnPlateau else scheduler.step()
+                scheduled.append(scheduler.get_last_lr())
+        return scheduled, [str(w.message) for w in said if "scheduler" in str(w.message)], below
+
+    bare, found = run(False), run(True)
+    assert_same(found[:2], bare[:2])
+    assert found[2] and not bare[2]  # the wrapper did scale inside
+    assert not any("before" in message for message in found[1])

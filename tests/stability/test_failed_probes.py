@@ -1,0 +1,173 @@
+"""A probe that fails leaves training as it was and never raises the rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.helpers import assert_same, batch_of, closure_for, loss_fn, mlp, monitor, sgd, train, weights
+from warmctl import AdaptiveWarmup
+
+
+class FailsInProbes(nn.Module):
+    """Raises in the evaluations that a probe makes, which are those after the first of a step."""
+
+    def __init__(self, error: BaseException, allowed: int = 1) -> None:
+        super().__init__()
+        self.body, self.error, self.allowed = mlp(), error, allowed
+        self.register_buffer("calls", torch.zeros(()))  # put back after a probe: count beside it
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        self.calls += 1
+        if self.seen > self.allowed:
+            raise self.error
+        return self.body(x)
+
+
+ERRORS: dict[str, BaseException] = {
+    "out of memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "forward raises": RuntimeError("shape mismatch"),
+    "key error": KeyError("mask"),
+    "assertion": AssertionError("bad"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("allowed", [1, 2, 3])  # in the check, in the first product, in the second
+@pytest.mark.parametrize("control", [False, True])
+def test_a_probe_that_fails_leaves_training_as_it_was(name: str, allowed: int, control: bool) -> None:
+    model, twin = FailsInProbes(ERRORS[name], allowed), mlp()
+    base, bare = torch.optim.AdamW(model.parameters(), 0.01), torch.optim.AdamW(twin.parameters(), 0.01)
+    opt = AdaptiveWarmup(base, model, every=1, control=control, hvp="finite_difference")
+    scale = opt.metrics["scale"]  # before anything was measured
+    with pytest.warns(RuntimeWarning, match="learning rate is held") as caught:
+        for step in range(3):
+            model.seen = 0
+            closure = closure_for(opt, model, batch_of(step))
+            opt.step(closure)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert opt.meter.last is not None
+    if allowed == 1 and name != "out of memory":  # taken for one that cannot be repeated
+        assert opt.sources.verdict.repeats == 0.0 and opt.meter.last.ratio > 0
+    else:
+        assert opt.meter.last.reason and math.isnan(opt.meter.last.ratio)
+        assert opt.metrics["scale"] == scale
+    assert float(model.calls) == 3  # one a step
+    assert opt.param_groups[0]["lr"] == 0.01
+    if not control:
+        train(bare, twin, range(3))
+        assert_same(weights(model), weights(twin))
+
+
+def test_memory_that_is_short_only_once_is_tried_again() -> None:
+    model = FailsInProbes(ERRORS["out of memory"])
+    opt = monitor(model, hvp="finite_difference")
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        opt.step(closure_for(opt, model, batch_of(0)))
+    model.allowed = 1000
+    opt.step(closure_for(opt, model, batch_of(1)))
+    assert opt.meter.last is not None and not opt.meter.last.reason and opt.sources.verdict.repeats == 1.0
+
+
+@pytest.mark.parametrize("allowed", [1, 2, 3])
+@pytest.mark.parametrize("hvp", ["finite_difference", "double_backward"])
+def test_keyboard_interrupt_inside_a_probe(allowed: int, hvp: str) -> None:
+    """Goes through to the user; parameters, gradients, rates, buffers and modes are as before the probe."""
+    model = FailsInProbes(KeyboardInterrupt(), allowed)
+    opt = monitor(model, hvp=hvp, control=True)
+    before = weights(model)
+    grads: list[Tensor] = []
+
+    def closure() -> Tensor:
+        loss = closure_for(opt, model, batch_of(0))()
+        if not grads:
+            grads.extend(p.grad.clone() for p in model.parameters())  # type: ignore[union-attr]
+        return loss
+
+    if hvp == "double_backward" and allowed == 3:
+        model.allowed = 2  # one graph is all it needs
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert_same(weights(model), before)
+    assert_same([p.grad for p in model.parameters()], grads)
+    assert float(model.calls) == 1 and model.training and opt.param_groups[0]["lr"] == 0.1
+    assert torch.autograd.backward.__module__ == "torch.autograd" and opt.sources.captured.capture._pending is None
+    model.allowed = 1000
+    opt.step(closure_for(opt, model, batch_of(0)))
+    assert opt.meter.last is not None and not opt.meter.last.reason
+
+
+# Models without a second derivative -------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.head = nn.Linear(6, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(4, 4, 1, 3, 8).permute(3, 0, 2, 1, 4)
+        return self.head(F.scaled_dot_product_attention(q, k, v).reshape(16, 8))
+
+
+def test_an_exact_product_through_flash_attention() -> None:
+    model = Attention()
+    opt = monitor(model, hvp="double_backward")
+    train(opt, model, range(2))
+    assert opt.metrics["sharpness"] > 0
+
+
+class NoSecondDerivative(nn.Module):
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Square.apply(self.body(x))
+
+
+@pytest.mark.parametrize("source", ["closure", "backward"])
+@pytest.mark.parametrize("hvp", ["double_backward", "auto"])
+def test_an_exact_product_that_the_model_does_not_have(source: str, hvp: str) -> None:
+    """Asked for, it fails safely and says so; "auto" takes finite differences; a live graph cannot."""
+    model, twin = NoSecondDerivative(), NoSecondDerivative()
+    opt, bare = monitor(model, hvp=hvp), sgd(twin)
+
+    def step() -> None:
+        if source == "closure":
+            opt.step(closure_for(opt, model, batch_of(0)))
+        else:
+            opt.zero_grad()
+            opt.backward(loss_fn(model, batch_of(0)))
+            opt.step()
+
+    if hvp == "auto" and source == "closure":
+        step()
+        assert opt.meter.last is not None and opt.meter.last.ratio > 0
+    else:
+        with pytest.warns(RuntimeWarning, match="once_differentiable"):
+            step()
+        assert opt.meter.last is not None and math.isnan(opt.meter.last.ratio)
+    train(bare, twin, range(1))
+    assert_same(weights(model), weights(twin))
+    if source == "backward":
+        assert "opt.step(closure)" in opt.meter.last.reason
