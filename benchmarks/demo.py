@@ -26,7 +26,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness.problems import PROBLEMS, Batch, Problem
+from benchmarks.harness.data import Batch
+from benchmarks.harness.policies import schedule
+from benchmarks.harness.problems import PROBLEMS, Problem
 from warmctl import AdaptiveWarmup, History, plot
 from warmctl.record.history import warmup_end
 
@@ -36,14 +38,6 @@ ProblemName = Enum("ProblemName", {name: name for name in PROBLEMS}, type=str)  
 
 console = Console(highlight=False)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def schedule(step: int, steps: int, warmup: int = 0) -> float:
-    """Share of the peak rate at `step`, from 0 on: a linear rise over `warmup` steps, cosine decay to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 class Run:
