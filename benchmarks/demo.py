@@ -139,6 +139,7 @@ def draw(runs: list[Run], chance: float, path: Path) -> None:
     figure = plot({POLICIES[run.policy]: run.history for run in runs})
     loss = figure.axes[0]
     loss.set_yscale("log")
+    loss.set_ylim(bottom=0.95 * min(value for run in runs for value in run.history["loss"] if math.isfinite(value)))
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter(NullFormatter())

@@ -41,7 +41,7 @@ def dressed(axes: Any) -> Any:
 def name_line(ax: Any, y: float, words: str, **look: Any) -> None:
     """Words in the right margin at a height in data; for lines that end there."""
     look = {"va": "center", "fontsize": SMALL, "color": INK, **look}
-    ax.text(1.02, y, words, transform=ax.get_yaxis_transform(), **look)
+    ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), **look)
 
 
 def legend_below(figure: Any, handles: Mapping[str, Any], columns: int, free: Sequence[Any] = ()) -> None:
