@@ -26,7 +26,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness.problems import PROBLEMS, Batch, Problem
+from benchmarks.harness import style
+from benchmarks.harness.data import Batch
+from benchmarks.harness.policies import schedule
+from benchmarks.harness.problems import PROBLEMS, Problem
 from warmctl import AdaptiveWarmup, History, plot
 from warmctl.record.history import warmup_end
 
@@ -36,14 +39,6 @@ ProblemName = Enum("ProblemName", {name: name for name in PROBLEMS}, type=str)  
 
 console = Console(highlight=False)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def schedule(step: int, steps: int, warmup: int = 0) -> float:
-    """Share of the peak rate at `step`, from 0 on: a linear rise over `warmup` steps, cosine decay to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 class Run:
@@ -131,10 +126,26 @@ def race(problem: Problem, seed: int, lr: float, steps: int, out: Path) -> dict[
                     run.step(batch)
                     show(run)
     results = {run.policy: Result(run) for run in runs}
-    plot({POLICIES[run.policy]: run.history for run in runs}, path=out / "demo.png")
+    draw(runs, problem.chance(), out / "demo.png")
     for run in runs:
         run.history.close()
     return results
+
+
+def draw(runs: list[Run], chance: float, path: Path) -> None:
+    """The library's own figure; the loss on a log axis, with the level of who has learnt nothing."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = plot({POLICIES[run.policy]: run.history for run in runs})
+    loss = figure.axes[0]
+    loss.set_yscale("log")
+    loss.set_ylim(bottom=0.95 * min(value for run in runs for value in run.history["loss"] if math.isfinite(value)))
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    loss.axhline(chance, color=style.INK, linewidth=1, linestyle=(0, (1, 1.6)), zorder=1.5)
+    style.name_line(loss, chance, "chance")
+    figure.savefig(path, dpi=200)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ import typer
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
-from benchmarks.harness.problems import PROBLEMS, Batch, Problem
+from benchmarks.harness.data import Batch
+from benchmarks.harness.problems import PROBLEMS, Problem
 from warmctl import AdaptiveWarmup
 
 RATES = {"gpt-post": 0.03, "cnn": 1.0, "mlp-adam": 0.1, "lstm": 0.03, "resnet": 0.3}

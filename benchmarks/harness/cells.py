@@ -11,8 +11,7 @@ from scipy import stats
 
 from benchmarks.harness.policies import HAND_TUNED, POLICIES
 from benchmarks.harness.problems import PROBLEMS
-from benchmarks.harness.results import median
-from benchmarks.harness.runs import Row
+from benchmarks.harness.results import Row, median
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.demo import schedule
 from benchmarks.harness.problems import Problem
 from warmctl import AdaptiveWarmup
 
@@ -21,6 +21,14 @@ HAND_TUNED = ("none", *LINEAR)  # what the oracle chooses from
 ADAM_ONLY = ("untuned", "radam", "seeded")
 POLICIES = (*HAND_TUNED, *ADAM_ONLY, "schedulefree", "warmctl")
 SCHEDULE_FREE_WARMUP = 0.05  # of all steps, as in its paper
+
+
+def schedule(step: int, steps: int, warmup: int = 0) -> float:
+    """Share of the peak rate at `step`, from 0 on: a linear rise over `warmup` steps, cosine decay to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 def uses_adam(problem: Problem) -> bool:

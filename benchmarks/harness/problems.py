@@ -1,243 +1,30 @@
-"""The training problems that the demo and the benchmarks share.
+"""The training problems that the demo and the benchmarks share: a model, its data, and the optimizer that suits it.
 
-Nothing is downloaded: bytes come from the standard library's own source, images from scikit-learn, signals
-from mnist1d's generator. Weights depend on `build`'s seed alone, the order of the data on `batches`' seed
-alone, and neither touches the global random streams: policies given one seed see the same weights and data.
-All problems are sized for one thread of a CPU: 2 to 12 ms a step.
+Weights depend on `build`'s seed alone, the order of the data on `batches`' seed alone, and neither touches the global
+random streams: policies given one seed see the same weights and data. All problems are sized for one thread of a CPU:
+2 to 12 ms a step.
 """
 
 from __future__ import annotations
 
-import random
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-Batch = tuple[Tensor, Tensor]  # inputs, integer targets
-
-CORPUS_BYTES = 2_000_000
-EVAL_FRACTION = 0.1
+from benchmarks.harness.data import Batch, class_batches, corpus, digits, mnist1d, placed_batches, text_batches
+from benchmarks.harness.models import GPT, LSTM, ViT, cnn, mlp, resnet, small_conv
 
 
-# -- data -------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def corpus() -> tuple[Tensor, Tensor]:
-    """(train, eval): source text of the standard library's top-level modules, 2 MB of bytes as int64."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    text = b"".join(file.read_bytes() for file in sorted(stdlib.glob("*.py")))[:CORPUS_BYTES]
-    if len(text) < CORPUS_BYTES // 2:
-        raise RuntimeError(f"{stdlib} holds only {len(text)} bytes of source: is this a full Python?")
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    cut = int(len(data) * (1 - EVAL_FRACTION))
-    return data[:cut], data[cut:]
-
-
-@lru_cache
-def mnist1d(samples: int = 20_000) -> tuple[Batch, Batch]:
-    """(train, eval): four fifths and one fifth of the signals [1, 40], ten classes. Takes about six seconds.
-
-    The published 5000 samples are learnt by heart within 2000 steps, which would reward slow training.
-    The generator seeds the global streams of numpy and random; they are put back.
-    """
-    from mnist1d.data import get_dataset_args, make_dataset  # late: imports matplotlib and requests
-
-    args = get_dataset_args()
-    args.num_samples = samples
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        data = make_dataset(args)
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-    x, y, x_eval, y_eval = (torch.from_numpy(data[key]) for key in ("x", "y", "x_test", "y_test"))
-    return (x.float()[:, None], y.long()), (x_eval.float()[:, None], y_eval.long())
-
-
-@lru_cache
-def digits() -> tuple[Batch, Batch]:
-    """(train, eval): 1437 and 360 images [1, 8, 8] in [0, 1], ten classes."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    x, y = torch.from_numpy(data.images).float()[order, None] / 16, torch.from_numpy(data.target)[order]
-    cut = int(len(y) * 0.8)
-    return (x[:cut], y[:cut]), (x[cut:], y[cut:])
-
-
-def place(x: Tensor, generator: torch.Generator, size: int, noise: float = 0.2) -> Tensor:
-    """Images [B, 1, 8, 8] at random places in a noisy field [B, 1, size, size].
-
-    The bare images are too few and too easy: every schedule would reach a loss of nearly zero.
-    """
-    batch, _, height, width = x.shape
-    top, left = torch.randint(0, size - height + 1, (2, batch, 1, 1), generator=generator)
-    field = noise * torch.randn(batch, 1, size, size, generator=generator)
-    rows, columns = top + torch.arange(height)[:, None], left + torch.arange(width)
-    field[torch.arange(batch)[:, None, None], 0, rows, columns] += x[:, 0]
-    return field
-
-
-def text_batches(data: Tensor, generator: torch.Generator, batch: int, context: int) -> Iterator[Batch]:
-    """Windows at random places of the text, and the same windows one byte later: [B, T] each."""
-    while True:
-        start = torch.randint(0, len(data) - context, (batch, 1), generator=generator)
-        window = data[start + torch.arange(context + 1)]
-        yield window[:, :-1], window[:, 1:]
-
-
-def class_batches(data: Batch, generator: torch.Generator, batch: int) -> Iterator[Batch]:
-    """Epochs in a new random order each; the incomplete last batch of an epoch is dropped."""
-    x, y = data
-    if batch > len(y):
-        raise ValueError(f"a batch of {batch} from {len(y)} examples")
-    while True:
-        for rows in torch.randperm(len(y), generator=generator)[: len(y) // batch * batch].split(batch):
-            yield x[rows], y[rows]
-
-
-def placed_batches(data: Batch, generator: torch.Generator, batch: int, size: int = 12) -> Iterator[Batch]:
-    """Like `class_batches`, every image at a new place with new noise each time."""
-    for x, y in class_batches(data, generator, batch):
-        yield place(x, generator, size), y
-
-
-# -- models -----------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
-
-
-class Block(nn.Module):
-    """Layer norm before each branch (pre-LN) or after each sum (post-LN)."""
-
-    def __init__(self, width: int, heads: int, causal: bool, post_norm: bool = False) -> None:
-        super().__init__()
-        self.post_norm = post_norm
-        self.attention = Attention(width, heads, causal)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.post_norm:
-            x = self.norm1(x + self.attention(x))
-            return self.norm2(x + self.mlp(x))
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class GPT(nn.Module):
-    """Bytes [B, T] to logits [B, T, 256]."""
-
-    def __init__(self, width: int = 64, depth: int = 3, context: int = 64, post_norm: bool = False) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, 4, True, post_norm) for _ in range(depth)))
-        self.norm = nn.Identity() if post_norm else nn.LayerNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
-        for embedding in (self.tokens, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
-        return self.head(self.norm(self.blocks(hidden)))
-
-
-class ViT(nn.Module):
-    """Images [B, 1, 9, 9] in nine patches of 3 x 3 to logits [B, 10]; mean over patches."""
-
-    def __init__(self, width: int = 64, depth: int = 2) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, kernel_size=3, stride=3)
-        self.positions = nn.Parameter(0.02 * torch.randn(9, width))
-        self.blocks = nn.Sequential(*(Block(width, 4, causal=False) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.patches(x).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.norm(self.blocks(hidden)).mean(1))
-
-
-class LSTM(nn.Module):
-    """Bytes [B, T] to logits [B, T, 256]."""
-
-    def __init__(self, width: int = 96) -> None:
-        super().__init__()
-        self.tokens, self.head = nn.Embedding(256, width), nn.Linear(width, 256)
-        self.lstm = nn.LSTM(width, width, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.tokens(x))[0])
-
-
-class Residual(nn.Module):
-    """Two normalised convolutions round which the input passes."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
-
-
-def resnet(width: int = 24, depth: int = 2) -> nn.Module:
-    """Images [B, 1, 12, 12] to logits [B, 10]."""
-    stem = [nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    blocks = [Residual(width) for _ in range(depth)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-
-
-def cnn(width: int = 48) -> nn.Module:
-    """Signals [B, 1, 40] to logits [B, 10], no normalisation."""
-    return nn.Sequential(
-        nn.Conv1d(1, width, 5, stride=2, padding=2), nn.ReLU(),
-        nn.Conv1d(width, width, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv1d(width, width, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(5 * width, 10),
-    )  # fmt: skip
-
-
-def mlp(width: int = 256, depth: int = 3) -> nn.Module:
-    """Signals [B, 1, 40] to logits [B, 10]."""
-    hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(40, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
-
-
-def small_conv(width: int = 16) -> nn.Module:
-    """Images [B, 1, 12, 12] to logits [B, 10], no normalisation."""
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3), nn.ReLU(),
-        nn.Flatten(), nn.Linear(2 * width * 9, 10),
-    )  # fmt: skip
-
-
-# -- problems ---------------------------------------------------------------------------------------------
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean in nats over all outputs, logits in the last dimension."""
+    x, y = batch
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
 @dataclass(frozen=True)
@@ -275,8 +62,7 @@ class Problem:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats."""
-        x, y = batch
-        return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+        return cross_entropy(model, batch)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Endless training batches, in an order that depends on `seed` alone."""

@@ -3,9 +3,8 @@
 A benchmark is a typer command with a `quick: Quick = False` argument. It keeps its rows in `Results`, which writes
 benchmarks/results/NAME.json after each row and, started again with the same settings, goes on after the last one:
 
-    results = Results("replaces_tuned_warmup", settings={"quick": quick, "steps": 400})
-    for key in cells:
-        row = results.get(key) or results.add(key, {"loss": measure(key)})
+    results = Results("costs_what_it_says", settings={"quick": quick, "steps": 400})
+    rows = [results.row(key, measure, key) for key in cells]
     results.finish({"target (a)": True})
     table("Title", rows, columns={"lr": "{:g}", "loss": "{:.3f}"})
 """
@@ -17,7 +16,6 @@ import math
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +32,9 @@ from rich.table import Table
 import warmctl
 
 RESULTS = Path(__file__).parents[1] / "results"
+Row = dict[str, Any]
 Quick = Annotated[bool, typer.Option("--quick", help="Under two minutes: fewer, shorter runs.")]
+Report = Annotated[bool, typer.Option("--report", help="Run nothing; report the rows there are.")]
 console = Console(highlight=False)
 if not console.is_terminal:
     console.width = 150  # a file has room for the tables
@@ -65,23 +65,46 @@ class Results:
         name: of the claim; a quick run is kept apart if `settings["quick"]`.
         settings: what the rows depend on. Rows of a file with other settings are not taken over.
         fresh: start from nothing in any case, as timings do.
+        only_report: measure nothing. Summary and figures are made again from the rows that are there, whatever code
+            they are of; the file goes on saying which machine and versions they were measured on.
     """
 
-    def __init__(self, name: str, settings: Mapping[str, Any], fresh: bool = False) -> None:
+    def __init__(self, name: str, settings: Mapping[str, Any], fresh: bool = False, only_report: bool = False) -> None:
         self.path = RESULTS / f"{name}{'-quick' if settings.get('quick') else ''}.json"
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.summary: dict[str, Any] = {}
-        if self.path.exists() and not fresh:
+        self.only_report = only_report
+        self.rows: dict[str, Row] = {}
+        self.summary: Row = {}
+        self.outdated: set[str] = set()
+        """Keys of the rows that were reported although they are of other code."""
+        self._environment: Row | None = None
+        if self.path.exists():
             saved = json.loads(self.path.read_text())
             if saved["settings"] == self.settings:
-                self.rows = saved["rows"]
+                self.rows = {} if fresh else saved["rows"]
+                self.summary = saved["summary"] if only_report else {}
+            if only_report:
+                self._environment = saved["environment"]
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    def get(self, key: str) -> Row | None:
         """The row of an earlier, interrupted run."""
         return self.rows.get(key)
 
-    def add(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, key: str, make: Callable[..., Mapping[str, Any]], *args: Any, code: str = "") -> Row:
+        """The row of an earlier, interrupted run with the same code; `make(*args)` where there is none."""
+        found = self.rows.get(key)
+        current = found is not None and (not code or found["code"] == code)
+        if self.only_report:
+            if found is None:
+                raise SystemExit(f"{self.path.name} has no row {key!r} yet: run without --report")
+            if not current:
+                self.outdated.add(key)
+            return found
+        if found is not None and current:
+            return found
+        return self.add(key, {**make(*args), "code": code} if code else make(*args))
+
+    def add(self, key: str, row: Mapping[str, Any]) -> Row:
         """Keep a row and write the file."""
         self.rows[key] = dict(row)
         self._write()
@@ -95,7 +118,7 @@ class Results:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {
-            "environment": environment(),
+            "environment": self._environment or environment(),
             "settings": self.settings,
             "summary": self.summary,
             "rows": self.rows,
@@ -119,13 +142,6 @@ def table(title: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, s
 
 def median(values: Sequence[float]) -> float:
     return float(numpy.median(list(values)))
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _cell(value: Any, form: str) -> str:

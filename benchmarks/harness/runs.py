@@ -22,10 +22,8 @@ from torch.optim import Optimizer
 import warmctl
 from benchmarks.harness.policies import Wrap, prepare
 from benchmarks.harness.problems import PROBLEMS, Problem
-from benchmarks.harness.results import console
+from benchmarks.harness.results import Row, console
 from warmctl import AdaptiveWarmup
-
-Row = dict[str, Any]
 
 STATISTICS_BATCHES = 50  # forward passes that renew batch norm's statistics at schedule-free's average
 FAILED = 0.98  # of chance level

@@ -11,9 +11,20 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from benchmarks import edge_of_stability as bench, edge_runs as runs
-from benchmarks.edge_runs import SETTINGS, Heatmap, Row, Setting
-from benchmarks.harness.problems import Batch
+from benchmarks.edge_of_stability import (
+    __main__ as command,
+    controlled,
+    heatmap as maps,
+    measured,
+    monitored,
+    problem,
+    series,
+    verdicts,
+)
+from benchmarks.edge_of_stability.heatmap import Heatmap
+from benchmarks.edge_of_stability.problem import SETTINGS, Setting
+from benchmarks.harness.data import Batch
+from benchmarks.harness.results import Row
 from tests.problems_closed_form import dense_hessian
 
 GD, NESTEROV, ADAM, FAST_ADAM = SETTINGS
@@ -38,6 +49,13 @@ def linear_sharpness(x: torch.Tensor) -> float:
     return torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item()
 
 
+def linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer and random data in place of the training problem."""
+    for module in (monitored, controlled):
+        monkeypatch.setattr(module, "signals", lambda count: random_batch(count))
+        monkeypatch.setattr(module, "tanh_mlp", lambda seed, width=4: nn.Linear(40, 10))
+
+
 def run(start: float = 0.4, settled: float = 1.0, back: int | None = None) -> Row:
     return {"start": start, "settled": settled, "back": back, "oracle error": 0.01}
 
@@ -46,21 +64,21 @@ def run(start: float = 0.4, settled: float = 1.0, back: int | None = None) -> Ro
 
 
 def test_oracle_is_the_dense_eigenvalue_for_gradient_descent() -> None:
-    model, batch = runs.tanh_mlp(0, width=4), random_batch()
-    exact = torch.linalg.eigvalsh(torch.from_numpy(dense_hessian(model, runs.square_loss, batch)))[-1].item()
-    assert runs.oracle_ratio(model, batch, SGD(model.parameters(), lr=0.3), 2.0) == pytest.approx(0.15 * exact)
+    model, batch = problem.tanh_mlp(0, width=4), random_batch()
+    exact = torch.linalg.eigvalsh(torch.from_numpy(dense_hessian(model, problem.square_loss, batch)))[-1].item()
+    assert problem.oracle_ratio(model, batch, SGD(model.parameters(), lr=0.3), 2.0) == pytest.approx(0.15 * exact)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_oracle_is_the_dense_eigenvalue_for_adam(steps: int) -> None:
-    model, batch = runs.tanh_mlp(0, width=4), random_batch()
+    model, batch = problem.tanh_mlp(0, width=4), random_batch()
     adam = Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
     for _ in range(steps):
-        adam.step(runs.closure_for(adam, model, batch))
-    exact = dense_hessian(model, runs.square_loss, batch)
+        adam.step(problem.closure_for(adam, model, batch))
+    exact = dense_hessian(model, problem.square_loss, batch)
     before = [p.detach().clone() for p in model.parameters()]
-    value = runs.oracle_ratio(model, batch, adam, 38.0)
-    adam.step(runs.closure_for(adam, model, batch))  # now its state holds the second moment of that step
+    value = problem.oracle_ratio(model, batch, adam, 38.0)
+    adam.step(problem.closure_for(adam, model, batch))  # now its state holds the second moment of that step
     square = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in model.parameters()]).double()
     root = ((square / (1 - 0.99 ** (steps + 1))).sqrt() + 1e-8).rsqrt()
     scaled = torch.from_numpy(exact) * root[:, None] * root
@@ -69,9 +87,8 @@ def test_oracle_is_the_dense_eigenvalue_for_adam(steps: int) -> None:
 
 
 def test_a_monitored_quadratic_stays_at_the_ratio_of_its_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "signals", lambda count: random_batch(count))
-    monkeypatch.setattr(runs, "tanh_mlp", lambda seed, width: nn.Linear(40, 10))
-    found = runs.monitored(Setting(partial(SGD, lr=0.2, momentum=0.9), 3.8, 1.0), seed=0, steps=60)
+    linear(monkeypatch)
+    found = monitored.monitored(Setting(partial(SGD, lr=0.2, momentum=0.9), 3.8, 1.0), seed=0, steps=60)
     exact = 0.2 * linear_sharpness(random_batch(256)[0]) / 3.8
     assert found["settled"] == pytest.approx(exact, rel=1e-3)
     assert list(found["oracle"].values()) == pytest.approx([exact] * 5)
@@ -79,9 +96,9 @@ def test_a_monitored_quadratic_stays_at_the_ratio_of_its_closed_form(monkeypatch
 
 
 def test_bias_is_the_mean_over_batches_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "BIAS", {16: 1.0})
+    monkeypatch.setattr(monitored, "BIAS", {16: 1.0})
     batch, generator = random_batch(64), torch.Generator().manual_seed(0)
-    found = runs.batch_sharpness(nn.Linear(40, 10), batch, epochs=1, most=99)
+    found = monitored.batch_sharpness(nn.Linear(40, 10), batch, epochs=1, most=99)
     parts = torch.randperm(64, generator=generator).split(16)
     exact = [linear_sharpness(batch[0][rows]) / linear_sharpness(batch[0]) for rows in parts]
     assert found["16"]["mean"] == pytest.approx(sum(exact) / 4, rel=2e-3) and found["16"]["batches"] == 4
@@ -92,13 +109,13 @@ def test_bias_is_the_mean_over_batches_that_do_not_overlap(monkeypatch: pytest.M
 
 
 def test_gradient_descent_on_a_small_network_rises_to_the_edge_and_stays() -> None:
-    found = runs.monitored(SETTINGS[GD], seed=0, steps=700, width=16)
+    found = monitored.monitored(SETTINGS[GD], seed=0, steps=700, width=16)
     assert found["start"] < 0.7 and found["settled"] == pytest.approx(1, abs=0.1)
     assert found["phase"] == "guard" and found["probes"] == 70  # it goes on measuring when "warmup" is over
 
 
 def test_a_run_that_diverges_counts_as_chance() -> None:
-    found = runs.warmed_up("adam", lr=1e30, warmup=0, steps=3, seed=0)
+    found = maps.warmed_up("adam", lr=1e30, warmup=0, steps=3, seed=0)
     assert found["diverged"] and found["loss"] == found["chance"]
 
 
@@ -111,7 +128,7 @@ def test_warmup_is_linear_and_ends_at_the_peak(monkeypatch: pytest.MonkeyPatch) 
         return step(self, closure)
 
     monkeypatch.setattr(Adam, "step", noted)
-    runs.warmed_up("seeded", lr=1e-2, warmup=4, steps=6, seed=0)
+    maps.warmed_up("seeded", lr=1e-2, warmup=4, steps=6, seed=0)
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
@@ -120,51 +137,51 @@ def test_warmup_is_linear_and_ends_at_the_peak(monkeypatch: pytest.MonkeyPatch) 
 
 def test_back_is_where_the_median_of_the_next_probes_is_at_the_edge() -> None:
     ratios = {1 + 10 * i: r for i, r in enumerate([5.0, 3.0, 0.9, 2.0, 2.0, 2.0, 2.0, 2.0, *[1.0] * 20])}
-    assert runs.back_at(ratios) == 81  # 21 is below by itself, but five of the ten from it on are above
-    assert runs.back_at({1: 5.0, **{1 + 10 * i: 1.0 for i in range(1, 20)}}) == 11
-    assert runs.back_at({step: 2.0 for step in ratios}) is None
-    assert runs.summary_of({step: r / 10 for step, r in ratios.items()}, 300)["back"] is None
+    assert monitored.back_at(ratios) == 81  # 21 is below by itself, but five of the ten from it on are above
+    assert monitored.back_at({1: 5.0, **{1 + 10 * i: 1.0 for i in range(1, 20)}}) == 11
+    assert monitored.back_at({step: 2.0 for step in ratios}) is None
+    assert monitored.summary_of({step: r / 10 for step, r in ratios.items()}, 300)["back"] is None
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_the_settled_ratio_decides_on_the_edge(name: str) -> None:
     expected = SETTINGS[name].expected
-    assert bench.judge_edge(name, [run(settled=expected + 0.04), run(settled=expected)])["reproduced"]
-    assert not bench.judge_edge(name, [run(settled=expected), run(settled=expected + 0.06)])["reproduced"]
+    assert verdicts.judge_edge(name, [run(settled=expected + 0.04), run(settled=expected)])["reproduced"]
+    assert not verdicts.judge_edge(name, [run(settled=expected), run(settled=expected + 0.06)])["reproduced"]
 
 
 def test_sharpness_that_starts_over_the_edge_has_not_risen_to_it() -> None:
-    assert not bench.judge_edge(GD, [run(start=1.2)])["reproduced"]
-    assert bench.judge_edge(NESTEROV, [run(start=1.2)])["reproduced"]
+    assert not verdicts.judge_edge(GD, [run(start=1.2)])["reproduced"]
+    assert verdicts.judge_edge(NESTEROV, [run(start=1.2)])["reproduced"]
 
 
 def test_adams_start_and_return() -> None:
-    def verdicts(*runs: Row) -> list[bool]:
-        return [row["reproduced"] for row in bench.judge_start(ADAM, runs)]
+    def reproduced(*runs: Row) -> list[bool]:
+        return [row["reproduced"] for row in verdicts.judge_start(ADAM, runs)]
 
-    assert verdicts(run(start=190 / 38, back=400)) == [True, True]
-    assert verdicts(run(start=190 / 38, back=1100)) == [True, False]
-    assert verdicts(run(start=190 / 38, back=400), run(start=190 / 38)) == [True, False]
-    assert verdicts(run(start=3.5 * 190 / 38, back=400)) == [False, True]
-    assert verdicts(run(start=0.1)) == [False, False]
+    assert reproduced(run(start=190 / 38, back=400)) == [True, True]
+    assert reproduced(run(start=190 / 38, back=1100)) == [True, False]
+    assert reproduced(run(start=190 / 38, back=400), run(start=190 / 38)) == [True, False]
+    assert reproduced(run(start=3.5 * 190 / 38, back=400)) == [False, True]
+    assert reproduced(run(start=0.1)) == [False, False]
 
 
 def bias_row(*means: float) -> Row:
-    return {"trained": {str(b): {"mean": m} for b, m in zip(runs.BIAS, means, strict=True)}, "oracle error": 0.0}
+    return {"trained": {str(b): {"mean": m} for b, m in zip(monitored.BIAS, means, strict=True)}, "oracle error": 0.0}
 
 
 def test_bias_must_fall_and_be_near_every_figure() -> None:
-    assert bench.judge_bias(bias_row(9.0, 2.2, 1.5, 1.0))["reproduced"]
-    assert not bench.judge_bias(bias_row(2.6, 2.2, 1.5, 1.0))["reproduced"]
-    assert not bench.judge_bias(bias_row(9.0, 1.9, 1.95, 1.0))["reproduced"]
-    assert not bench.judge_bias(bias_row(9.0, 2.2, 1.5, 1.1))["reproduced"]
+    assert verdicts.judge_bias(bias_row(9.0, 2.2, 1.5, 1.0))["reproduced"]
+    assert not verdicts.judge_bias(bias_row(2.6, 2.2, 1.5, 1.0))["reproduced"]
+    assert not verdicts.judge_bias(bias_row(9.0, 1.9, 1.95, 1.0))["reproduced"]
+    assert not verdicts.judge_bias(bias_row(9.0, 2.2, 1.5, 1.1))["reproduced"]
 
 
 def test_the_edge_must_beat_below_the_edge_with_every_seed_and_both_targets_held() -> None:
     def judged(*on: float, held: tuple[float, float] = (0.5, 1.0)) -> bool:
         below = [{"loss": 1.0, "ratio": held[0], "oracle error": 0.0}] * len(on)
         rows = [{"loss": loss, "ratio": held[1], "oracle error": 0.0} for loss in on]
-        return bool(bench.judge_targets("GD", below, rows)["reproduced"])
+        return bool(verdicts.judge_targets("GD", below, rows)["reproduced"])
 
     assert judged(0.5, 0.9, held=(0.6, 1.05)) and not judged(0.5, 1.1)
     assert not judged(0.5, 0.9, held=(1.0, 1.0)) and not judged(0.5, 0.9, held=(0.5, 0.7))
@@ -187,39 +204,40 @@ def test_boundary_is_the_largest_rate_that_learns_half_of_the_way() -> None:
 
 
 def test_the_boundary_must_move_by_half_a_decade_and_not_come_back() -> None:
-    def verdicts(*rows: list[float], seeded: list[float] | None = None) -> list[bool]:
-        return [row["reproduced"] for row in bench.judge_heatmap(heatmap(*rows, seeded=seeded))]
+    def reproduced(*rows: list[float], seeded: list[float] | None = None) -> list[bool]:
+        return [row["reproduced"] for row in verdicts.judge_heatmap(heatmap(*rows, seeded=seeded))]
 
-    assert verdicts(NARROW, WIDE, WIDER) == [True, False, False]
-    assert verdicts(NARROW, NARROW, seeded=WIDE) == [False, False, True]
-    assert not verdicts(WIDE, NARROW)[0]
-    assert not verdicts(NARROW, WIDER, NARROW, WIDER)[0]
-    assert not verdicts([3.0] * 4, WIDER)[0]  # a map without a boundary at W=0 has none that could move
+    assert reproduced(NARROW, WIDE, WIDER) == [True, False, False]
+    assert reproduced(NARROW, NARROW, seeded=WIDE) == [False, False, True]
+    assert not reproduced(WIDE, NARROW)[0]
+    assert not reproduced(NARROW, WIDER, NARROW, WIDER)[0]
+    assert not reproduced([3.0] * 4, WIDER)[0]  # a map without a boundary at W=0 has none that could move
 
 
 def test_measured_once_and_taken_over_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.harness.results.RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "WIDTHS", (4,))
-    monkeypatch.setattr(runs, "signals", lambda count: random_batch(count))
-    monkeypatch.setattr(runs, "tanh_mlp", lambda seed, width=4: nn.Linear(40, 10))
+    monkeypatch.setattr(measured, "WIDTHS", (4,))
+    linear(monkeypatch)
     sizes = {"seeds": 1, "steps": 41, "controlled_steps": 60, "epochs": 2, "most": 2, "map_steps": 2, "map_seeds": 1}
-    monkeypatch.setattr(bench, "FULL", bench.Size(**sizes, rates=(1e-3, 1e-2), warmups=(2,)))
-    bench.main(quick=False)
+    monkeypatch.setattr(command, "FULL", measured.Size(**sizes, rates=(1e-3, 1e-2), warmups=(2,)))
+    command.main(quick=False)
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {f"edge_of_stability{end}" for end in (".json", ".png", "-heatmap.png")}
     first = (tmp_path / "edge_of_stability.json").read_text()
     for drawn in ("draw", "draw_heatmap"):
-        monkeypatch.setattr(bench, drawn, lambda *_: None)
-    monkeypatch.setattr(bench, "controlled", lambda *_: pytest.fail("measured twice"))
-    bench.main(quick=False)
+        monkeypatch.setattr(command, drawn, lambda *_: None)
+    monkeypatch.setattr(measured, "controlled", lambda *_: pytest.fail("measured twice"))
+    command.main(quick=False)
     assert (tmp_path / "edge_of_stability.json").read_text() == first
-    monkeypatch.setattr(bench, "library", lambda: "edited")
-    monkeypatch.setattr(bench, "monitored", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measured, "library", lambda: "edited")
+    monkeypatch.setattr(measured, "monitored", lambda *_: pytest.fail("measured again"))
+    command.main(quick=False, only_report=True)
+    assert (tmp_path / "edge_of_stability.json").read_text() == first
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        bench.main(quick=False)
+        command.main(quick=False)
 
 
 def test_spread_and_thinning() -> None:
-    assert bench.spread([1.0, 3.0, 2.0], "{:.0f}") == "2 [1, 3]" and bench.spread([1.0], "{:.1f}") == "1.0"
-    steps, values = runs.thinned({step: math.sqrt(step) for step in range(1, 5001)})
+    assert verdicts.spread([1.0, 3.0, 2.0], "{:.0f}") == "2 [1, 3]" and verdicts.spread([1.0], "{:.1f}") == "1.0"
+    steps, values = series.thinned({step: math.sqrt(step) for step in range(1, 5001)})
     assert steps[0] == 1 and steps[-1] == 5000 and len(steps) < 250 and values[-1] == pytest.approx(70.71)

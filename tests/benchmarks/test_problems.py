@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness.problems import PROBLEMS, Batch, Problem, corpus, digits, half_decades, mnist1d
+from benchmarks.harness.data import Batch, corpus, digits, mnist1d
+from benchmarks.harness.problems import PROBLEMS, Problem, half_decades
 
 few_signals = partial(mnist1d, 5000)  # a second's work in place of six
 problems = [replace(p, data=few_signals) if p.data is mnist1d else p for p in PROBLEMS.values()]

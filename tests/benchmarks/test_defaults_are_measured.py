@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from benchmarks import defaults_are_measured as bench
-from benchmarks.defaults_are_measured import DEFAULT, VARIANTS, Trial
+from benchmarks.defaults_are_measured import decisions, readings
+from benchmarks.defaults_are_measured.table import compare
+from benchmarks.defaults_are_measured.trials import Trial, trials
+from benchmarks.defaults_are_measured.variants import DEFAULT, VARIANTS
 from benchmarks.harness.runs import Job
 from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
-from warmctl.control.controller import Reading
+from warmctl.control.controller import Controller, Reading
 from warmctl.curvature.operators import HessianOperator
 from warmctl.curvature.scaled import ScaledOperator
 from warmctl.stability.estimator import SharpnessEstimator
@@ -60,7 +62,7 @@ def test_every_variant_trains(variant: str, rule: Callable[..., Optimizer]) -> N
 def test_another_reading_gives_another_run(variant: str) -> None:
     default, other = (train(name, adam, steps=5)[0].meter.last for name in (DEFAULT, variant))
     assert default is not None and other is not None
-    assert (default.ratio == other.ratio) == (VARIANTS[variant].wrapper is bench.LagOne)  # nothing flips, no trigger
+    assert (default.ratio == other.ratio) == (VARIANTS[variant].wrapper is decisions.LagOne)  # nothing flips
 
 
 def test_realised_ratio_spends_no_products() -> None:
@@ -103,15 +105,15 @@ def ritz(*directions: Tensor) -> float:
 def test_readings_are_the_quotients_that_they_claim() -> None:
     plain = ritz(TRACKED, GRADIENT)
     assert probe(SharpnessEstimator)[0] == pytest.approx(plain, rel=1e-5)
-    assert probe(bench.Fresh)[0] == pytest.approx(quotient(TRACKED), rel=1e-5)
-    assert probe(bench.Krylov)[0] == pytest.approx(ritz(TRACKED, HESSIAN @ TRACKED), rel=1e-2)
-    assert probe(bench.RitzAndBatch)[0] == pytest.approx(math.sqrt(plain * quotient(GRADIENT)), rel=1e-5)
-    assert probe(bench.RitzAndFresh)[0] == pytest.approx(math.sqrt(plain * quotient(TRACKED)), rel=1e-5)
+    assert probe(readings.Fresh)[0] == pytest.approx(quotient(TRACKED), rel=1e-5)
+    assert probe(readings.Krylov)[0] == pytest.approx(ritz(TRACKED, HESSIAN @ TRACKED), rel=1e-2)
+    assert probe(readings.RitzAndBatch)[0] == pytest.approx(math.sqrt(plain * quotient(GRADIENT)), rel=1e-5)
+    assert probe(readings.RitzAndFresh)[0] == pytest.approx(math.sqrt(plain * quotient(TRACKED)), rel=1e-5)
 
 
 def test_batch_sharpness_averages_above_and_below() -> None:
     other = torch.tensor([3.0, 0.0, 1.0])
-    first, second = probe(bench.BatchSharpness, gradients=(GRADIENT, other))
+    first, second = probe(readings.BatchSharpness, gradients=(GRADIENT, other))
     above, below = ([float(g @ M @ g) for g in (GRADIENT, other)] for M in (HESSIAN, torch.eye(3)))
     assert first == pytest.approx(quotient(GRADIENT), rel=1e-5)
     assert second == pytest.approx(sum(above) / sum(below), rel=1e-5)
@@ -120,7 +122,7 @@ def test_batch_sharpness_averages_above_and_below() -> None:
 def test_batch_aware_target_falls_with_the_quotient() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
-    estimator = bench.BatchAware(optimizer, update_rule(optimizer), "double_backward", "lanczos", 2)
+    estimator = readings.BatchAware(optimizer, update_rule(optimizer), "double_backward", "lanczos", 2)
     p.grad, estimator.vector = GRADIENT.clone(), [TRACKED.clone()]
     with HessianOperator(lambda: 0.5 * p @ HESSIAN @ p, [p], "double_backward") as operator:
         share = estimator.measure_on(operator, 0).share
@@ -132,7 +134,7 @@ def test_raw_is_one_number_for_adam_and_the_default_for_sgd() -> None:
         p = nn.Parameter(torch.ones(3))
         p.grad = GRADIENT.clone()
         optimizer = rule([p])
-        parts = (SharpnessEstimator, bench.Raw)
+        parts = (SharpnessEstimator, readings.Raw)
         plain, raw = (
             part(optimizer, update_rule(optimizer), "auto", "lanczos", 2).scaling([p])[0][0] for part in parts
         )
@@ -160,9 +162,9 @@ def test_lag_one_probes_where_the_gradient_flips(variant: str) -> None:
     ("part", "at_once", "later", "shortens"),
     [
         (Cadence, True, True, True),
-        (bench.NoEvents, False, False, False),
-        (bench.LateProbes, False, True, True),
-        (bench.NoShortening, True, True, False),
+        (decisions.NoEvents, False, False, False),
+        (decisions.LateProbes, False, True, True),
+        (decisions.NoShortening, True, True, False),
     ],
 )
 def test_events(part: type[Cadence], at_once: bool, later: bool, shortens: bool) -> None:
@@ -179,7 +181,7 @@ def test_events(part: type[Cadence], at_once: bool, later: bool, shortens: bool)
 def test_cap_holds_the_rate_where_the_default_holds_the_scale() -> None:
     applied = {}
     for name in ("absolute cap", DEFAULT):
-        controller = bench.Cap(max_warmup=50) if name == "absolute cap" else bench.Controller(max_warmup=50)
+        controller = decisions.Cap(max_warmup=50) if name == "absolute cap" else Controller(max_warmup=50)
         for step in range(200):
             rate = 1.0 - 0.004 * step
             scale = controller.update(rate, Reading(5.0 * rate) if step < 50 else None).scale
@@ -193,24 +195,24 @@ def test_cap_holds_the_rate_where_the_default_holds_the_scale() -> None:
 
 
 def test_lines_are_mean_logs_against_the_default_cell_by_cell() -> None:
-    wanted = [t for t in bench.trials(["cnn"], 1, 400, False) if t.variant in (DEFAULT, "hold", "raw: one P for all")]
+    wanted = [t for t in trials(["cnn"], 1, 400, False) if t.variant in (DEFAULT, "hold", "raw: one P for all")]
     losses = {DEFAULT: (1.0, 2.0, 3.0), "hold": (math.e, 2.0, 3.0 * math.e**-2)}
     rows = {
         t.key: {"loss": losses[t.variant][i % 3], "train_loss": 1.0, "failed": i == 3, "overhead": 0.1}
         for i, t in enumerate([t for t in wanted if t.variant in losses])
     }
-    default, raw, hold = bench.compare(wanted, rows)
+    default, raw, hold = compare(wanted, rows)
     assert (hold["tuned"], hold["3x"], hold["10x"]) == pytest.approx((1.0, 0.0, -2.0))
     assert hold["all"] == pytest.approx(-1 / 3) and hold["failed"] == 1 and hold["worst"].startswith("+1.00 cnn tuned")
     assert raw["all"] == default["all"] == 0.0  # momentum: the rows of the default
 
 
 def test_a_variant_that_lacks_a_cell_is_left_out() -> None:
-    wanted = bench.trials(["cnn"], 1, 400, False)
+    wanted = trials(["cnn"], 1, 400, False)
     row = {"loss": 1.0, "train_loss": 1.0, "failed": False, "overhead": 0.1}
     rows = {t.key: row for t in wanted if t.variant in (DEFAULT, "hold")}
     rows.pop(Trial("hold", Job("cnn", "warmctl", 1.0, 0, 400), "10x").key)
-    assert [line["variant"] for line in bench.compare(wanted, rows)] == [DEFAULT, "raw: one P for all"]
+    assert [line["variant"] for line in compare(wanted, rows)] == [DEFAULT, "raw: one P for all"]
 
 
 def test_code_differs_between_variants_and_not_between_calls() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import replaces_tuned_warmup as bench
-from benchmarks.harness import cells as stats, policies, runs
+from benchmarks.harness import cells as stats, policies, results, runs
 from benchmarks.harness.problems import PROBLEMS
-from benchmarks.harness.runs import Job, Row
+from benchmarks.harness.results import Results, Row
+from benchmarks.harness.runs import Job
+from benchmarks.replaces_tuned_warmup import __main__ as command
+from benchmarks.replaces_tuned_warmup.targets import verdicts
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -111,7 +113,7 @@ FIXED = [2.0, 1.0, 1.5, 2.3, 2.3, 2.3, 2.3]  # the best rate is the second
 
 def test_all_targets_are_met_where_they_should_be() -> None:
     cells, _ = stats.gather(sweep(none=FIXED, warmctl=[2.0, 1.0, 0.99, 1.0, 1.05, 1.05, 1.0]))
-    found = bench.verdicts(cells, 400)
+    found = verdicts(cells, 400)
     assert all(verdict.met for verdict in found.values()), found
 
 
@@ -133,7 +135,7 @@ def test_each_target_can_be_missed(target: str, losses: list[float], overhead: f
     for one in rows:
         if one["policy"] == "warmctl":
             one |= {"overhead": overhead, "cpu_seconds": 1 + overhead}
-    verdict = next(v for key, v in bench.verdicts(stats.gather(rows)[0], 400).items() if key.startswith(target))
+    verdict = next(v for key, v in verdicts(stats.gather(rows)[0], 400).items() if key.startswith(target))
     assert verdict.met is False, verdict
 
 
@@ -182,16 +184,38 @@ def test_policies_for_adam_are_left_out_elsewhere() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_run_resume_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.harness.results.RESULTS", tmp_path)
     path = tmp_path / "smoke.jsonl"
     jobs = [Job("digits", policy, 0.1, 0, 5) for policy in ("none", "warmctl")]
     rows = runs.run(jobs, path, workers=1)
     monkeypatch.setattr(runs, "measure", lambda job: pytest.fail("measured twice"))
     assert runs.run(jobs, path, workers=1) == rows
-    summary = bench.report(list(rows.values()), 5, "smoke", {})
+    summary = command.report(list(rows.values()), 5, "smoke", {})
     assert (tmp_path / "smoke.png").stat().st_size > 0 and (tmp_path / "smoke.json").exists()
     assert summary["targets"]["test"].keys() == summary["targets"]["all"].keys()
     monkeypatch.setattr(runs, "library", lambda: "edited")
     with pytest.raises(pytest.fail.Exception, match="measured twice"):
         runs.run(jobs, path, workers=1)
+
+
+def test_a_report_measures_nothing_and_keeps_the_machine_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "environment", lambda: {"processor": "the first"})
+    saved = Results("claim", {"steps": 4})
+    saved.row("a", lambda: {"loss": 1.0}, code="old")
+    saved.finish({"target": True})
+    monkeypatch.setattr(results, "environment", lambda: {"processor": "another"})
+    report = Results("claim", {"steps": 4}, only_report=True)
+    assert report.row("a", lambda: pytest.fail("measured"), code="new") == {"loss": 1.0, "code": "old"}
+    assert report.outdated == {"a"}
+    with pytest.raises(SystemExit, match="no row 'b' yet"):
+        report.row("b", lambda: pytest.fail("measured"))
+    before = saved.path.read_text()
+    report.finish({"target": True})
+    assert saved.path.read_text() == before
+    renewed = Results("claim", {"steps": 4})
+    assert renewed.row("a", lambda: {"loss": 2.0}, code="new")["loss"] == 2.0
+    assert "another" in saved.path.read_text()

@@ -1,0 +1,107 @@
+"""The list: every choice in the library against the others that were possible."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.defaults_are_measured.decisions import (
+    Cap,
+    LagOne,
+    LateProbes,
+    NoEvents,
+    NoReturn,
+    NoShortening,
+    Realised,
+)
+from benchmarks.defaults_are_measured.readings import (
+    BatchAware,
+    BatchSharpness,
+    Fresh,
+    Krylov,
+    Raw,
+    RitzAndBatch,
+    RitzAndFresh,
+)
+from benchmarks.harness import runs
+from benchmarks.harness.results import Row
+from warmctl import AdaptiveWarmup
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice that differs from the default.
+
+    Attributes:
+        parts: attribute of the wrapper or its meter -> the subclass that takes its place.
+        adam_only: with other rules it is the default, whose rows it takes.
+        quick: part of the quick run.
+    """
+
+    group: str
+    options: Row = field(default_factory=dict)
+    parts: dict[str, type] = field(default_factory=dict)
+    wrapper: type[AdaptiveWarmup] = AdaptiveWarmup
+    adam_only: bool = False
+    quick: bool = False
+
+    def __call__(self, optimizer: Optimizer, model: nn.Module) -> AdaptiveWarmup:
+        wrapped = self.wrapper(optimizer, model, **self.options)
+        for name, part in self.parts.items():
+            getattr(wrapped.meter if name == "estimator" else wrapped, name).__class__ = part
+        return wrapped
+
+    def code(self) -> str:
+        """Of what differs: rows of an older version are measured again."""
+        bases = {base for part in (self.wrapper, *self.parts.values()) for base in part.__mro__}
+        own = sorted(
+            (base for base in bases if base.__module__.startswith(f"{__package__}.")), key=lambda base: base.__name__
+        )
+        sources = [runs.bare(textwrap.dedent(inspect.getsource(base))) for base in own]
+        return runs.digest(f"{sorted(self.options.items())} {sorted(self.parts)} {sources}")
+
+
+def read(part: type, **options: Any) -> Variant:
+    return Variant("estimator", parts={"estimator": part}, **options)
+
+
+VARIANTS = {
+    DEFAULT: Variant("", quick=True),
+    "Krylov space of the batch, 2 products": read(Krylov, quick=True),
+    "fresh quotient vᵀAv, 2 products": read(Fresh),
+    "batch sharpness": read(BatchSharpness, quick=True),
+    "√(Ritz · batch quotient)": read(RitzAndBatch),
+    "√(Ritz · fresh quotient)": read(RitzAndFresh),
+    "realised ratio (no ramp)": Variant("estimator", wrapper=Realised, quick=True),
+    "default + lag-1 trigger": Variant("estimator", wrapper=LagOne, quick=True),
+    "target .3": Variant("target", {"target": 0.3}),
+    "target .49 (noise)": Variant("target", {"target": 0.49}),
+    "target .51 (noise)": Variant("target", {"target": 0.51}),
+    "target .7": Variant("target", {"target": 0.7}, quick=True),
+    "target .9": Variant("target", {"target": 0.9}),
+    "target 1.2": Variant("target", {"target": 1.2}, quick=True),
+    "every 20": Variant("cadence", {"every": 20}, quick=True),
+    "every 5": Variant("cadence", {"every": 5}),
+    "every step": Variant("cadence", {"every": 1}),
+    "no events": Variant("cadence", parts={"cadence": NoEvents}, quick=True),
+    "events probe the next batch": Variant("cadence", parts={"cadence": LateProbes}),
+    "events do not shorten": Variant("cadence", parts={"cadence": NoShortening}, quick=True),
+    "double backward": Variant("products", {"hvp": "double_backward"}, quick=True),
+    "1 product (fresh quotient)": Variant("products", {"probe_steps": 1}, quick=True),
+    "3 products (Krylov)": Variant("products", {"probe_steps": 3}),
+    "5 products (Krylov)": Variant("products", {"probe_steps": 5}),
+    "raw: one P for all": Variant("coordinates", parts={"estimator": Raw}, adam_only=True, quick=True),
+    "guard only cuts": Variant("after", parts={"controller": NoReturn}),
+    "hold": Variant("after", {"after": "hold"}),
+    "release": Variant("after", {"after": "release"}),
+    "absolute cap": Variant("after", parts={"controller": Cap}, quick=True),
+    "target · √(ρ/λ)": Variant("batch-aware", parts={"estimator": BatchAware}, quick=True),
+}
+NOISE = ("target .49 (noise)", "target .51 (noise)")
