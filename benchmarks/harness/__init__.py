@@ -1,1 +1,4 @@
-"""What the benchmarks share: problems, policies, runs that survive a kill, results, tables and the style of figures."""
+"""What the claims share: data, models and problems; policies; runs and rows that survive a kill; tables, style, timing.
+
+Uses the library and nothing of the claims.
+"""
