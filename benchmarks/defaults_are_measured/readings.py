@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from warmctl.curvature.eigen import EigenResult, lanczos, power_step
+from warmctl.curvature.eigen import EigenResult, lanczos
 from warmctl.curvature.operators import HessianOperator
 from warmctl.curvature.scaled import ScaledOperator
+from warmctl.curvature.tracking import power_step
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement
 from warmctl.vectors import Vector

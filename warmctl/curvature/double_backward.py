@@ -15,7 +15,7 @@ from warmctl.loss.backward import check_graph, check_loss, graph_nodes
 from warmctl.vectors import Vector, owned
 
 COST_GRAPH, COST = 1.3, 2.4
-"""Gradient evaluations by time, of the graph and of a product, as `benchmarks/costs_what_it_says.py` measures them."""
+"""Gradient evaluations by time, of the graph and of a product, as `benchmarks/costs_what_it_says` measures them."""
 
 
 def connected_gradient(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from warmctl.vectors import Vector, owned
 
 COST = 3.3
-"""Gradient evaluations a product, by time, as `benchmarks/costs_what_it_says.py` measures them."""
+"""Gradient evaluations a product, by time, as `benchmarks/costs_what_it_says` measures them."""
 
 
 def products(loss: Callable[[], Tensor], params: Sequence[Tensor], block: Vector) -> list[Vector]:
