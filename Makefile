@@ -24,8 +24,7 @@ bench: $(VENV)/.bench
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.docs
-	$(RUN) -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	$(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
