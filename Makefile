@@ -1,4 +1,4 @@
-# make demo | test | bench | clean         ARGS are passed on: make demo ARGS="--problem cnn --seeds 5"
+# make demo | test | bench | docs | clean         ARGS are passed on: make demo ARGS="--problem cnn --seeds 5"
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BENCHMARKS := replaces_tuned_warmup defaults_are_measured tracks_sharpness edge_
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench docs clean
 
 demo: $(VENV)/.bench
 	$(RUN) -m benchmarks.demo $(ARGS)
@@ -23,8 +23,12 @@ test: $(VENV)/.dev
 bench: $(VENV)/.bench
 	@set -e; for name in $(BENCHMARKS); do (set -x; $(RUN) -m benchmarks.$$name --quick $(ARGS)); done
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict
+
 clean:
-	rm -rf dist demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf dist site demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # .venv/.EXTRA: the environment with that extra in it.
