@@ -1,7 +1,7 @@
 """The feedback law: from stability ratios to one scale for all learning rates. Numbers in, numbers out; no tensors.
 
 A reading is the stability ratio r₁ at the full scheduled rate (edge at 1). Divided by the rate it is kept as the
-forecast; scale · forecast · rate is the stability ratio until the next reading.
+forecast; scale · forecast · rate is the stability ratio until the next reading. `reference.py` is the law alone.
 
 * Down at once: where a reading, or a scheduled rate that rises after it, puts the ratio above `target`, the scale is
   cut to where the ratio meets it. SGD, which undoes a small overshoot by itself, is cut only above the edge.
@@ -217,7 +217,7 @@ class Controller:
         carried = self._carried(rate)
         slack = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
         before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
-        limit = min(1.0, carried, max(ramp, FLOOR) if self.phase == "warmup" else s.settled)
+        limit = min(1.0, carried, ramp if self.phase == "warmup" else s.settled)
         if first:
             s.scale = max(limit, FLOOR)
         elif carried * slack < s.scale:

@@ -1,5 +1,5 @@
-"""From a loss to products with its Hessian, and from products to eigenvalues.
+"""From a loss to products with its Hessian (`operators`), and from products to eigenvalues (`eigen`, `tracking`).
 
-In: a loss that can be evaluated again, and its parameters. Out: `EigenResult`, with residual and cost.
-May import: loss/ and the ground.
+In: a loss that can be evaluated again, and its parameters. Out: an `EigenResult`, with its residual and its cost.
+May import: loss/ and the ground. The three ways to a product are files of their own, found under their names.
 """

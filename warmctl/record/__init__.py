@@ -1,5 +1,5 @@
-"""The record of a run: rows, files that survive a kill, and the figure drawn from them.
+"""The record of a run: rows, files that survive a kill, and what is made of them, a figure or a summary.
 
-In: one row of plain scalars a step. Out: `History`, JSONL and CSV files, figures.
-May import: nothing else of the package.
+In: one row of plain scalars a step. Out: a `History`, JSONL and CSV files, figures, a `Summary`.
+May import: nothing else of the package, and no torch. `style.py` is the look of every figure, the benchmarks' too.
 """
