@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmctl.record.style import COLOURS, GRID as PALE, INK, LARGE, MEDIUM, MUTED as MUTED, SMALL, dress
+from warmctl.record.style import COLOURS, GRID, INK, LARGE, MEDIUM, MUTED as MUTED, SMALL, dress
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
+PALE = GRID
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Any, Any]:
