@@ -1,4 +1,4 @@
-"""How the figures of the benchmarks look: the colours of `warmctl.plot`, one legend below or names beside lines.
+"""How the figures of the benchmarks look: as those of `warmctl.plot`, one legend below or names beside lines.
 
 matplotlib is imported by the first call; pyplot is not.
 """
@@ -9,13 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's palette, safe for the colour-blind, without its yellow, too faint for lines on white.
-COLOURS = BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-)  # fmt: skip
-INK, MUTED, PALE = "#222222", "#777777", "#E8E8E8"
-SMALL = 8
-"""Points of all words but titles and the names of axes."""
+from warmctl.record.style import COLOURS, GRID, INK, LARGE, MEDIUM, MUTED as MUTED, SMALL, dress
+
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
+PALE = GRID
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Any, Any]:
@@ -30,11 +27,7 @@ def panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) ->
 def dressed(axes: Any) -> Any:
     """An array of axes."""
     for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(MUTED)
-        ax.tick_params(which="both", labelsize=SMALL, color=MUTED, labelcolor=INK)
-        ax.grid(True, axis="y", color=PALE, linewidth=0.6)
-        ax.set_axisbelow(True)
+        dress(ax)
     return axes
 
 
@@ -67,8 +60,8 @@ def by_label(axes: Sequence[Any]) -> dict[str, Any]:
 def save(figure: Any, path: Path, dpi: int = 150) -> None:
     """Words in one size and ink, then the file."""
     for ax in figure.axes:
-        ax.title.set(fontsize=9.5, color=INK)
+        ax.title.set(fontsize=LARGE, color=INK)
         for label in (ax.xaxis.label, ax.yaxis.label):
-            label.set(fontsize=9, color=INK)
+            label.set(fontsize=MEDIUM, color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
