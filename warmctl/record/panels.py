@@ -166,7 +166,8 @@ def _name_runs(axis: Axes, runs: list[NamedRun]) -> None:
     """Names of the runs, and where and why the warmup of each ended, under the figure."""
     from matplotlib.lines import Line2D
 
-    room = int(18 * axis.get_window_extent().width / axis.figure.dpi) - max(len(run.name) for run in runs)
+    inches = axis.get_window_extent().width / axis.figure.dpi
+    room = int(15 * inches) - max(len(run.name) for run in runs) - 10  # the lines of the keys, and gaps
     words = [textwrap.fill(_words(run.end), max(30, room)) if run.end else "" for run in runs]
     names = [run.name + "\n" * text.count("\n") for run, text in zip(runs, words, strict=True)]
     keys = [Line2D([], [], color=run.colour, linewidth=2) for run in runs]
