@@ -100,11 +100,11 @@ def schedule_free(base: Optimizer, warmup: int, rectified: bool) -> Any:
 class LossDriven:
     """η = Δ / (K₀ + K₁Δ + K₂Δ²) of the loss Δ above f* = 0, and the decay once Δ has passed Δ* (arXiv 2602.05813).
 
-    The constants are set as in its code: η is the peak at Δ* and a hundredth of it at the first loss; Δ* is the one
-    for which η comes nearest to a straight line between them, in value and slope.
+    The constants are set as in its published runs: η is the peak at Δ* and 1/25 of it at the first loss; Δ* is the one
+    for which the mean of η over losses from 0 to the first is largest.
     """
 
-    RISE = 100.0
+    RISE = 25.0
 
     def __init__(self, optimizer: Optimizer, lr: float, steps: int) -> None:
         self.optimizer, self.lr, self.steps = optimizer, lr, steps
@@ -139,15 +139,9 @@ def loss_law(rise: float) -> tuple[float, float, float, float]:
         k2 = (rise - 1) / (1 - turn) ** 2
         return k2 * turn**2, 1 - 2 * k2 * turn, k2
 
-    def distance(turn: float) -> float:
+    def mean_rate(turn: float) -> float:
         k0, k1, k2 = constants(turn)
-        slope = (1 / rise - 1) / (1 - turn)
+        return float(quad(lambda x: x / (k0 + k1 * x + k2 * x * x), 0.0, 1.0)[0])
 
-        def apart(x: float) -> float:
-            below = k0 + k1 * x + k2 * x * x
-            return abs(x / below - 1 - slope * (x - turn)) + abs((k0 - k2 * x * x) / below**2 - slope)
-
-        return float(quad(apart, turn, 1.0)[0]) / (1 - turn)
-
-    turn = min((i / 50 for i in range(1, 50)), key=distance)
+    turn = max((i / 50 for i in range(1, 50)), key=mean_rate)
     return (turn, *constants(turn))
