@@ -39,7 +39,9 @@ def text_sampler(held_out: bool, batch: int, context: int) -> Sampler:
 
     def sample(generator: torch.Generator) -> Batch:
         data = text(held_out)
-        window = data[torch.randint(0, len(data) - context, (batch, 1), generator=generator) + torch.arange(context + 1)]
+        window = data[
+            torch.randint(0, len(data) - context, (batch, 1), generator=generator) + torch.arange(context + 1)
+        ]
         return window[:, :-1], window[:, 1:]
 
     return sample
@@ -50,7 +52,9 @@ def next_symbol_sampler(held_out: bool, batch: int, context: int) -> Sampler:
 
     def sample(generator: torch.Generator) -> Batch:
         data = text(held_out)
-        window = data[torch.randint(0, len(data) - context, (batch, 1), generator=generator) + torch.arange(context + 1)]
+        window = data[
+            torch.randint(0, len(data) - context, (batch, 1), generator=generator) + torch.arange(context + 1)
+        ]
         return window[:, :-1], window[:, -1]
 
     return sample

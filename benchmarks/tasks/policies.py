@@ -54,9 +54,7 @@ def prepare(
         free.train()
         return free, lambda loss: None
     if policy == "radam":
-        base = RAdam(
-            **like(base, "betas", "eps", "weight_decay"), decoupled_weight_decay=isinstance(base, AdamW)
-        )
+        base = RAdam(**like(base, "betas", "eps", "weight_decay"), decoupled_weight_decay=isinstance(base, AdamW))
     if policy == "loss-driven":
         driven = LossDriven(base, lr, steps)
         return base, driven.tick

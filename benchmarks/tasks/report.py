@@ -107,7 +107,9 @@ def gather(rows: Iterable[Row]) -> list[TaskRows]:
 # -- statistics -------------------------------------------------------------------------------------------
 
 
-def regrets(tasks: Sequence[TaskRows], policy: str, relative: Iterable[int], oracle: str = "0–20 %") -> list[list[float]]:
+def regrets(
+    tasks: Sequence[TaskRows], policy: str, relative: Iterable[int], oracle: str = "0–20 %"
+) -> list[list[float]]:
     """By task, over the relative rates."""
     relative, among = list(relative), ORACLES[oracle]
     found = [[r for k in relative if (r := t.regret(policy, k, among)) is not None] for t in tasks]
@@ -138,7 +140,9 @@ def lost(tasks: Sequence[TaskRows], policy: str, relative: Iterable[int]) -> tup
     return ours, theirs, cells
 
 
-def mean_ranks(tasks: Sequence[TaskRows], policies: Sequence[str], relative: Iterable[int]) -> tuple[dict[str, float], int]:
+def mean_ranks(
+    tasks: Sequence[TaskRows], policies: Sequence[str], relative: Iterable[int]
+) -> tuple[dict[str, float], int]:
     """Mean place by final loss, 1 the best, over the cells that have all of `policies`; ties share their places."""
     places = []
     for t in tasks:
