@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ def mlp(sizes: Sequence[int], activation: str, norm: str = "none", embed: nn.Mod
     """Flattens its input; `embed` comes before that."""
     layers: list[nn.Module] = [] if embed is None else [embed]
     layers.append(nn.Flatten())
-    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for a, b in pairwise(sizes[:-1]):
         layers += [nn.Linear(a, b), *_norm(norm, b), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.integrate import quad
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.tasks.tasks import Task

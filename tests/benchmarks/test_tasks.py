@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def test_a_small_step_goes_downhill(seed: int) -> None:
 def test_the_eight_rates_are_half_decades_round_the_search() -> None:
     rates = task(QUICK[0]).rates()
     assert len(rates) == RATES and CENTRE < RATES
-    for low, high in zip(rates, rates[1:], strict=False):
+    for low, high in pairwise(rates):
         assert high / low == pytest.approx(10**0.5, rel=0.01)
 
 
@@ -184,7 +184,7 @@ def test_a_diverged_run_counts_as_the_start_loss() -> None:
 
 def test_a_cell_is_lost_where_half_of_the_progress_is_missing_and_some_schedule_made_it() -> None:
     found = report.gather(rows(0, {**HAND, "warmctl": [1.9, 1.0, 1.6, 1.9]}))
-    # Half of the progress of the best rate is 1.5: relative rates −1, 1 and 2 are worse; of the last, all schedules are.
+    # Half of the progress of the best rate is 1.5. Relative rates −1, 1 and 2 are worse; the last for all schedules.
     assert report.lost(found, "warmctl", range(-1, 3)) == (2, 1, 4)
 
 
