@@ -27,6 +27,9 @@ class SavedState:
 
     Args:
         parts: all that is saved beside the eigenvector, always in one order.
+
+    Attributes:
+        stepped: the optimizer has made a step: its own state is set up, and the vector may stand beside it.
     """
 
     def __init__(self, optimizer: Optimizer, parts: Callable[[], Sequence[Saved]]) -> None:
@@ -34,17 +37,18 @@ class SavedState:
         self.stepped = False
         self._announced: list[Tensor] = []
 
-    def announce(self) -> None:
+    def announce_numbers(self) -> None:
         """Put the numbers into the live first group."""
         self.optimizer.param_groups[0][NUMBERS] = self._numbers()
 
-    def _numbers(self) -> Tensor:
-        values = [value for part in self.parts() for value in part.state_values()]
-        return torch.tensor([FORMAT, *values], dtype=torch.float64)
+    def _values(self) -> list[float]:
+        return [value for part in self.parts() for value in part.state_values()]
 
-    def begin_step(self) -> None:
+    def _numbers(self) -> Tensor:
+        return torch.tensor([FORMAT, *self._values()], dtype=torch.float64)
+
+    def withdraw(self) -> None:
         """Take the vector out of the live state again: the optimizer is about to use it."""
-        self.stepped = True
         for p in self._announced:
             if VECTOR in self.optimizer.state.get(p, ()):
                 del self.optimizer.state[p][VECTOR]
@@ -66,9 +70,9 @@ class SavedState:
         groups = [dict(group) for group in saved["param_groups"]]
         groups[0][NUMBERS] = self._numbers()
         state = dict(saved["state"])
-        alone = not saved["state"] and (measured or isinstance(self.optimizer, SGD))  # SGD does not mind
+        in_entries_of_its_own = not saved["state"] and (measured or isinstance(self.optimizer, SGD))  # SGD bears it
         for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            if p in vector and (index in saved["state"] or alone):
+            if p in vector and (index in saved["state"] or in_entries_of_its_own):
                 state[index] = {**state.get(index, {}), VECTOR: _like(p, vector[p])}
         if self.stepped:
             self._announce_vector(vector)
@@ -92,7 +96,7 @@ class SavedState:
         bare, numbers, vector = unpack(state_dict)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         trainable = [v for v, p in zip(vector, params, strict=False) if p.requires_grad]
-        _check_fits(numbers, len(self._numbers()) - 1, trainable, [p for p in params if p.requires_grad])
+        _check_fits(numbers, len(self._values()), trainable, [p for p in params if p.requires_grad])
         self.optimizer.load_state_dict(bare)
         if numbers is None:
             return None

@@ -20,7 +20,7 @@ from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
-from warmctl.record.history import COLUMNS, History
+from warmctl.record.history import History, StepRow
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
 from warmctl.stability.signals import StepSignals
@@ -95,10 +95,9 @@ class AdaptiveWarmup(OptimizerProxy):
         self.cadence = Cadence(every=every, budget=budget)
         self.history = History()
         self._rates, self._signals = ScaledRates(), StepSignals()
-        self._row: tuple[Any, ...] = ()
         self._saved = SavedState(optimizer, self._parts)
         self._record("", keep=False)
-        self._saved.announce()
+        self._saved.announce_numbers()
 
     @property
     def phase(self) -> str:
@@ -106,8 +105,8 @@ class AdaptiveWarmup(OptimizerProxy):
         return self.controller.phase
 
     @property
-    def _scale(self) -> float:
-        """That of the last step, as applied."""
+    def _applied_scale(self) -> float:
+        """What the rates of the last step were multiplied by."""
         return self.controller.applied if self.control else 1.0
 
     @property
@@ -121,13 +120,11 @@ class AdaptiveWarmup(OptimizerProxy):
         training; `reason`: words, mostly "".
         """
         beside = ("scheduled_lr", "loss", "probed")
-        return {name: value for name, value in zip(COLUMNS, self._row, strict=True) if name not in beside}
+        return {name: value for name, value in self._row._asdict().items() if name not in beside}
 
     def __repr__(self) -> str:
         name = type(self.base).__name__
         return f"AdaptiveWarmup({name}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
-
-    # One step
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -141,18 +138,21 @@ class AdaptiveWarmup(OptimizerProxy):
         ValueError for a closure that breaks its contract; the parameters are as before then.
         """
         arguments.closure(closure)
-        skipped = self._begin_step()
+        steps = self.counts.steps
+        self._follow_parameters()
+        skipped = self._lend_scaler(unscale=self.phase != "done")
         try:
             if closure is None:
                 if not skipped:
                     self._decide(self.sources.loss)
                 result: Any = self.base.step()
-            else:  # evaluated in there, before the rates are read
-                result = self.base.step(self.sources.deciding(closure, self._decide, self._backward))
-            self.meter.after_update(self._scale, self.trainable)
+            else:  # the base calls it before it reads its rates; the first call runs `_decide`
+                on_graph = None if self.phase == "done" else self._backward_on_graph
+                result = self.base.step(self.sources.deciding(closure, self._decide, on_graph))
+            self.meter.after_update(self._applied_scale, self.sources.params)  # nothing unless `read` has begun one
             return result
         finally:
-            self._end_step()
+            self._end_step(decided=self.counts.steps > steps)
 
     step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
 
@@ -162,69 +162,68 @@ class AdaptiveWarmup(OptimizerProxy):
         Args:
             loss: the step's, detached; None if unknown.
         """
-        rate, params = largest_rate(self.param_groups), self.trainable
-        if rate <= 0.0:  # the step moves nothing
-            self._row = tuple(0.0 if name == "lr" else v for name, v in zip(COLUMNS, self._row, strict=True))
-        if rate <= 0.0 or not self.has_gradient:
+        rate, params = largest_rate(self.param_groups), self.sources.params
+        if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
-        gradients = self.sources.gradients
+        evaluations = self.sources.evaluations
         self.counts.steps += 1
-        self.counts.gradients += gradients
+        self.counts.gradients += evaluations
         if self.phase == "done":
             self._coast(rate, loss)
             return
         value, norm, finite = self._signals.read(loss, params)
-        guarding = self.phase != "warmup" and not self.controller.rising(rate)
-        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, gradients)
+        guarding = self.phase != "warmup" and not self.controller.rising(rate)  # a new high is probed as in warmup
+        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)  # why, or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
+        before = self.phase
         decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)
+        if self.phase != before:
+            log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
-        self._rates.scale(self.param_groups, self._scale)
-        ratio = decision.ratio if self.control else decision.ratio / decision.scale
+        self._rates.scale(self.param_groups, self._applied_scale)
+        ratio = decision.ratio if self.control else decision.ratio / decision.scale  # not scaled: that at full rate
         self._record(decision.reason, None if loss is None else value, found is not None, ratio)
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
         self.sources.rest()
         self.controller.update(rate)
-        self._rates.scale(self.param_groups, self._scale)
+        self._rates.scale(self.param_groups, self._applied_scale)
         self._record("", None if loss is None or loss.device.type != "cpu" else float(loss))
 
-    def _backward(self, loss: Tensor, backward: Callable[[], None]) -> None:
+    def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
         self.sources.graph.begin_pass(loss, self.has_gradient)
         if self.phase != "done" and largest_rate(self.param_groups) > 0.0:
             self.meter.before_backward(loss, self.trainable)
         backward()
 
-    def _begin_step(self) -> bool:
-        """Follow what has changed since the last one. True if a GradScaler will have the base skip this one."""
-        self._saved.begin_step()
-        if self.sources.follow(self.trainable):  # thawed or added parameters have never been measured
+    def _follow_parameters(self) -> None:
+        """See which are trainable now. Those that have been thawed or added were never measured: warmup restarts."""
+        self._saved.withdraw()
+        if self.sources.follow(self.trainable):
             self.restart()
-        skipped = self._lend_scaler()
-        if not skipped and self.phase != "done":
-            self._unscale(self.all_params)
-        return skipped
 
-    def _end_step(self) -> None:
+    def _end_step(self, decided: bool) -> None:
         """After the update: the schedule's own rates again, the batch forgotten."""
+        self._saved.stepped = True
         self._rates.restore(self.param_groups)
-        self.sources.next_step(measured_on_graph=self.meter.next_step())
+        measured_on_graph = self.meter.next_step()
+        self.sources.next_step(measured_on_graph)
         self._take_back_scaler()
+        if not decided and largest_rate(self.param_groups) <= 0.0:
+            self._row: StepRow = self._row._replace(lr=0.0)
 
     def _record(
         self, reason: str, loss: float | None = None, probed: bool = False, ratio: float = math.nan, keep: bool = True
     ) -> None:
-        """The row of this step, in the order of `COLUMNS`; a new phase is logged."""
-        if keep and self.phase != self._row[1]:
-            log.info("step %d: %s", int(self.counts.steps), reason)
-        counts, last, scale = self.counts, self.meter.last, self._scale
+        """The row of this step."""
+        counts, last, scale = self.counts, self.meter.last, self._applied_scale
         scheduled = self._rates.scheduled(self.param_groups)
         sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
-        self._row = (
+        self._row = StepRow(
             *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
             *(self.controller.target, residual, int(counts.hvps), int(counts.probes), counts.overhead, probed, reason),
         )
@@ -237,7 +236,7 @@ class AdaptiveWarmup(OptimizerProxy):
         if self.sources.in_closure:  # `step` sees to it
             loss.backward()  # type: ignore[no-untyped-call]
         else:
-            self._backward(loss, lambda: loss.backward())  # type: ignore[no-untyped-call]
+            self._backward_on_graph(loss, lambda: loss.backward())  # type: ignore[no-untyped-call]
 
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
@@ -273,12 +272,13 @@ class AdaptiveWarmup(OptimizerProxy):
         if vector is None:
             self.restart()
         else:
-            self.sources.watch.marking = True
+            self.sources.resume()
             self.meter.estimator.load_vector(vector, self.trainable)
             self._record("resumed", keep=False)
-        self._saved.announce()
+        self._saved.announce_numbers()
 
     def _parts(self) -> tuple[Saved, ...]:
+        """What is saved beside the eigenvector. The order is that of the checkpoint's format."""
         controller, cadence, meter, sources = self.controller.state, self.cadence.state, self.meter, self.sources
         return controller, cadence, self.counts, sources.graph, sources.captured, sources.verdict, meter, self._signals
 

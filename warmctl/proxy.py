@@ -96,24 +96,27 @@ class OptimizerProxy(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    # torch.amp.GradScaler leaves `grad_scale` and `found_inf` on the optimizer that it is given.
+    # torch.amp.GradScaler leaves `grad_scale` and `found_inf` on the optimizer that it is given. For one step they are
+    # lent to the base; who measures has the gradients unscaled first, in place of the base's fused kernel.
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return bool(getattr(self.base, "_step_supports_amp_scaling", False))
 
-    def _lend_scaler(self) -> bool:
+    def _lend_scaler(self, unscale: bool = False) -> bool:
         """Hand its numbers on to the base for one step. True if the base will skip that step."""
         found_inf = self.__dict__.get("found_inf")
         if found_inf is None:
             return False
         self.base.grad_scale, self.base.found_inf = self.__dict__.get("grad_scale"), found_inf  # type: ignore[attr-defined]
-        return float(found_inf) != 0.0
+        skipped = float(found_inf) != 0.0
+        if unscale and not skipped:
+            self._unscale()
+        return skipped
 
-    def _unscale(self, params: list[Tensor]) -> None:
-        """Divide the gradients by the lent scale now, as the fused kernel would: who measures needs the true ones."""
+    def _unscale(self) -> None:
         scale: Any = self.base.__dict__.get("grad_scale")
-        grads = [local(p.grad) for p in params if p.grad is not None]
+        grads = [local(p.grad) for p in self.all_params if p.grad is not None]
         if scale is not None and grads:
             torch._foreach_div_(grads, scale.to(grads[0].device))
             self.base.grad_scale = None  # type: ignore[attr-defined]

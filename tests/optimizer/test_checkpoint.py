@@ -297,3 +297,27 @@ def test_a_frozen_parameter_and_one_never_used_do_not_hinder_saving() -> None:
     saved = opt.state_dict()
     AdaptiveWarmup(AdamW(model.parameters()), model).load_state_dict(saved)
     step()
+
+
+def test_going_back_from_a_run_whose_warmup_is_over() -> None:
+    """As a retry after a failure does: an early checkpoint is loaded into the wrapper that has gone on."""
+    model, opt = build(AdamW, every=2, max_warmup=8, after="hold")
+    train(opt, model, range(4))
+    saved = copy.deepcopy((opt.state_dict(), model.state_dict()))
+    expected = train(opt, model, range(4, 16))
+    assert expected[-1]["phase"] == "done" and expected[-1]["probes"] > expected[0]["probes"]
+    opt.load_state_dict(saved[0])
+    model.load_state_dict(saved[1])
+    assert_same(train(opt, model, range(4, 16)), expected)
+
+
+@pytest.mark.parametrize("when", ["pre-hook", "closure"])
+def test_saving_within_a_step_does_not_disturb_it(when: str) -> None:
+    (twin_model, twin), (model, opt) = build(AdamW), build(AdamW)
+    if when == "pre-hook":
+        opt.register_step_pre_hook(lambda *_: opt.state_dict() and None)
+    for step in range(4):
+        plain = closure_for(opt, model, batch_of(step))
+        opt.step((lambda plain=plain: opt.state_dict() and plain()) if when == "closure" else plain)
+    train(twin, twin_model, range(4))
+    assert_same(everything(model, opt), everything(twin_model, twin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from torch import Tensor
 from torch.optim import SGD
 
@@ -84,3 +85,59 @@ def test_thawing_parameters_begins_warmup_again() -> None:
     assert steps(3) == "done"
     model[2].requires_grad_(False)
     assert steps(1) == "done"
+
+
+def test_as_many_parameters_thawed_as_frozen_begin_warmup_again() -> None:
+    model = mlp()
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    for p in second:
+        p.requires_grad_(False)
+    opt = AdaptiveWarmup(SGD(model.parameters(), lr=0.1), model)
+    train(opt, model, range(6))
+    assert opt.controller.state.age == 6
+    for p, trains in [(p, False) for p in first] + [(p, True) for p in second]:
+        p.requires_grad_(trains)
+        p.grad = None
+    train(opt, model, range(6, 8))
+    assert opt.controller.state.age == 2
+    assert opt.sources.params == second
+
+
+def test_a_step_that_is_not_decided_shows_the_rate_zero() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(SGD(model.parameters(), lr=0.1), model)
+    train(opt, model, range(2))
+    opt.param_groups[0]["lr"] = 0.0
+
+    def out_of_data() -> Tensor:
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        opt.step(out_of_data)
+    assert opt.metrics["lr"] == 0.0
+
+
+def test_only_a_change_of_phase_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(SGD(model.parameters(), lr=0.1), model, max_warmup=5)
+    with caplog.at_level("INFO", logger="warmctl"):
+        train(opt, model, range(7))
+        opt.restart()
+        train(opt, model, range(7, 10))
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step")]
+    assert len(said) == 1 and said[0].startswith("step 5: warmup ended")
+
+
+def test_when_warmup_is_done_the_closure_is_the_base_optimizers_affair() -> None:
+    """From the first step on: what it returns is not looked at."""
+    model = mlp()
+    opt = AdaptiveWarmup(SGD(model.parameters(), lr=0.1), model, max_warmup=3, after="hold")
+    train(opt, model, range(3))
+    assert opt.phase == "done"
+    weights = everything(model, opt)["weights and buffers"]
+
+    def returns_nothing() -> None:
+        closure_for(opt, model, batch_of(3))()
+
+    opt.step(returns_nothing)
+    assert any((a != weights[name]).any() for name, a in model.state_dict().items())

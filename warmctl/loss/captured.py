@@ -194,7 +194,7 @@ class CapturedSource:
         gradient = replay.gradient()[1]
         inner = distributed.inner_product(params)
         step = [dense_gradient(p) for p in params]
-        reach, size = inner(step, gradient), inner(gradient, gradient)
+        reach, size = inner(step, gradient), inner(gradient, gradient)  # ⟨step, ∇L⟩ and ‖∇L‖²
         if single and self.verdict.repeats == UNTRIED:
             weight = self.capture.weight()
             if weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK:

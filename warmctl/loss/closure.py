@@ -101,7 +101,7 @@ class ClosureRun:
         self.loss: Tensor | None = None
         self.skipped = False
         self._left: Marks | None = None
-        self._added_to: int | None = None
+        self._passes_before: int | None = None
 
     def evaluate(self) -> Any:
         """The closure's loss, which is also kept. Raises TypeError, ValueError or RuntimeError as `check_returned`."""
@@ -122,17 +122,17 @@ class ClosureRun:
     @property
     def untouched(self) -> bool:
         """`.grad` still holds what this evaluation left there: not accumulated, clipped or rescaled."""
-        return self._left is not None and self._left.hold() and not self._added_to
+        return self._left is not None and self._left.hold() and not self._passes_before
 
     @property
     def weight(self) -> float:
         """How often the loss is in `.grad`: more than once where the closure added to earlier micro-batches."""
-        added_to = self._added_to or 0
-        return self.watch.passes / max(self.watch.passes - added_to, 1) if added_to else 1.0
+        before = self._passes_before or 0
+        return self.watch.passes / max(self.watch.passes - before, 1) if before else 1.0  # (k + n) / n passes
 
     def _intercepted(self, original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
-        if self._added_to is None:
-            self._added_to = self.watch.passes if self.watch.holding else 0
+        if self._passes_before is None:
+            self._passes_before = self.watch.passes if self.watch.holding else 0
         if self.backward is not None and _is_plain_loss(tensors, *args, **kwargs):
             self.backward(tensors, lambda: original(tensors))
         else:

@@ -49,10 +49,12 @@ class GradientWatch:
         """Watch these from now on, and no others."""
         if self._handle is not None:
             self._handle.remove()
+        self._handle = None
         self.params = params
-        self.param: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
+        self._smallest: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
         self.clear()
-        self._handle = None if self.param is None else self.param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+        if self._smallest is not None:
+            self._handle = self._smallest.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> Any:
         return GradientWatch, (self.params,)

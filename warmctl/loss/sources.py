@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,11 @@ from warmctl.warning import warn
 Decide = Callable[[Tensor | None], None]
 BackwardOnGraph = Callable[[Tensor, Callable[[], None]], None]
 
-PATIENCE = 10
+OBSERVE_PATIENCE = 10
 """Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
 NOT_OBSERVED = (
-    f"warmctl: loss_fn was given, but observe(batch) was not called in {PATIENCE} steps: call opt.observe(batch) "
-    "before opt.step(). Until then the learning rate stays at 1 % of the schedule"
+    f"warmctl: loss_fn was given, but observe(batch) was not called in {OBSERVE_PATIENCE} steps: call "
+    "opt.observe(batch) before opt.step(). Until then the learning rate stays at 1 % of the schedule"
 )
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
   opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns it; or
@@ -38,7 +39,6 @@ class Sources:
     Attributes:
         verdict: whether the loss can be evaluated again; what the first probe finds holds for all later ones.
         in_closure: the user's closure is running.
-        resting: nothing will be measured any more.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Sources:
         self.observed = ObservedSource(model, loss_fn)
         self.captured = CapturedSource(model, self.verdict, self.watch)
         self.graph = LiveGraph()
-        self.in_closure = self.resting = False
+        self.in_closure = False
 
     def in_order(self) -> tuple[Source, ...]:
         """Of those that can be evaluated again; the live graph comes last, where none of them is ready."""
@@ -74,7 +74,7 @@ class Sources:
         return self.observed.ready or self.captured.expected
 
     @property
-    def gradients(self) -> int:
+    def evaluations(self) -> int:
         """Gradient evaluations that went into this step: more than one where micro-batches are accumulated."""
         return 1 if self.closure.run is not None else max(self.watch.passes, self.graph.passes, 1)
 
@@ -83,20 +83,20 @@ class Sources:
         """Of the last backward pass, detached; None if it went past all sources."""
         return self.captured.capture.loss if self.graph.loss is None else self.graph.loss
 
-    def deciding(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Closure:
+    def deciding(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph | None) -> Closure:
         """The closure for the wrapped optimizer, which may call it again: the first evaluation decides the step.
 
         Args:
             decide: called with the loss, while the batch is at hand.
             backward_on_graph: called with (loss, backward) in place of a backward pass, if the closure cannot be
-                repeated.
+                repeated; None if nothing will be measured, and then the closure is not watched.
         """
         called = False
 
         def evaluate() -> Any:
             nonlocal called
             first, called = not called, True
-            if first and not self.resting:
+            if first and backward_on_graph is not None:
                 return self._watched(closure, decide, backward_on_graph)
             with torch.enable_grad():
                 loss = closure()
@@ -109,7 +109,7 @@ class Sources:
     def _watched(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Any:
         self.captured.capture.remove()  # the closure is the better source
         live = backward_on_graph if self.verdict.repeats == NEVER else None
-        run = self.closure.run = ClosureRun(closure, self.watch.params, self.watch, live)
+        run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
         self.in_closure = True
         try:
             loss = run.evaluate()
@@ -125,25 +125,34 @@ class Sources:
         """
         if probes == 0 and self.observed.loss_fn is None:
             raise RuntimeError(NO_SOURCE)
-        if probes == 0 and steps == PATIENCE:
+        if probes == 0 and steps == OBSERVE_PATIENCE:
             warn(NOT_OBSERVED)
 
+    @property
+    def params(self) -> list[Tensor]:
+        """The trainable ones, as last followed."""
+        return self.watch.params
+
     def follow(self, params: list[Tensor]) -> bool:
-        """Watch these from now on. True if they are more than before: some have been thawed or added."""
-        before = len(self.watch.params)
-        if len(params) != before:
-            self.watch.follow(params)
-        return len(params) > before
+        """Watch these from now on. True if there is one that was not there before: thawed or added."""
+        before = self.watch.params
+        if len(params) == len(before) and all(map(operator.is_, params, before)):
+            return False
+        self.watch.follow(params)
+        return not {id(p) for p in params} <= {id(p) for p in before}
 
     def rest(self) -> None:
         """Nothing will be measured any more: record no forwards, mark no gradients."""
         self.captured.capture.remove()
-        self.resting, self.watch.marking = True, False
+        self.watch.marking = False
 
     def wake(self) -> None:
         """Undo `rest`."""
         self.captured.capture.enabled = self.watch.marking = True
-        self.resting = False
+
+    def resume(self) -> None:
+        """A saved state was loaded, which says itself whether forwards are recorded."""
+        self.watch.marking = True
 
     def next_step(self, measured_on_graph: bool) -> None:
         """The step was made: forget its batch."""

@@ -30,10 +30,29 @@ from typing import Any, NamedTuple, overload
 from warmctl.record.columns import Column, as_plain
 from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
 
-COLUMNS = (
-    "step", "phase", "scale", "lr", "scheduled_lr", "loss", "sharpness", "threshold", "stability_ratio",
-    "target", "residual", "hvps", "probes", "overhead", "probed", "reason",
-)  # fmt: skip
+
+class StepRow(NamedTuple):
+    """What a step leaves behind, in the order of the columns; `History.record` takes it as it is."""
+
+    step: int
+    phase: str
+    scale: float
+    lr: float
+    scheduled_lr: float
+    loss: float | None
+    sharpness: float
+    threshold: float
+    stability_ratio: float
+    target: float
+    residual: float
+    hvps: int
+    probes: int
+    overhead: float
+    probed: bool
+    reason: str
+
+
+COLUMNS = StepRow._fields
 BLOCK = 256
 """Rows of `record` that are kept as they are before they are taken into columns."""
 

@@ -32,7 +32,11 @@ NO_RULE = (
 
 
 class Meter:
-    """Measures when asked to, and remembers what it found.
+    """Measures when asked to, and remembers what it found. A reading comes about in one of three ways:
+
+        a loss that can be evaluated again    read: at once
+        the live graph of `backward(loss)`    before_backward measures, read returns it
+        no update rule                        read begins, after_update measures, the next read returns it
 
     Args:
         optimizer: the wrapped one, read only.
@@ -98,7 +102,7 @@ class Meter:
             due = ""
         if self.rule is None:
             found = self._last_update(rate)
-            if due and (found is None or each_step):  # else `due` has not heard of this probe yet
+            if due and (found is None or each_step):  # the cadence hears of `found` only after this call
                 self._begin_update(params, rate)
             return found
         found = self._probe(params) if due else None

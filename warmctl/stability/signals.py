@@ -18,9 +18,9 @@ class StepSignals:
     On an accelerator they are those of the step before: reading this step's would make the device wait.
     """
 
-    def __init__(self, loss: float = math.nan, norm: float = math.nan) -> None:
+    def __init__(self, loss: float = math.nan, norm: float = math.nan, sent: float = 0.0) -> None:
         self._sent = torch.tensor([loss, norm], dtype=torch.float64)
-        self._nothing_sent = math.isnan(norm)
+        self._nothing_sent = not sent
         self._arrived: Any = None
 
     def read(self, loss: Tensor | None, params: list[Tensor]) -> tuple[float, float, bool]:
@@ -58,13 +58,13 @@ class StepSignals:
         self._arrived.record(torch.cuda.current_stream(signals.device))
 
     def state_values(self) -> list[float]:
-        return list(self.delayed)
+        return [*self.delayed, float(not self._nothing_sent)]
 
     def load_state_values(self, values: list[float]) -> None:
-        self.__init__(*values)  # type: ignore[misc]
+        self.__dict__ = StepSignals(*values).__dict__
 
     def __reduce__(self) -> Any:
-        return StepSignals, self.delayed
+        return StepSignals, tuple(self.state_values())
 
 
 def _judged(loss: float, norm: float, loss_known: bool) -> tuple[float, float, bool]:
