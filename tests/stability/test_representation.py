@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,22 @@ def test_inner_forwards_of_any_mode_are_matched(inner: str) -> None:
     found = measured(model, lambda: loss(model))
     truth = exact(twin, children(nn.Linear, nn.BatchNorm1d)(twin), lambda: loss(twin))
     assert found == pytest.approx(truth, rel=1e-5)
+
+
+def test_forwards_in_other_threads_are_not_looked_at() -> None:
+    """Replicas run in threads, in no fixed order."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    x, far = torch.randn(8, 4), 100 * torch.randn(8, 4)
+
+    def loss() -> Tensor:
+        other = threading.Thread(target=layer, args=(far,))
+        other.start()
+        other.join()
+        return layer(x).square().mean()
+
+    twin = copy.deepcopy(layer)
+    assert measured(layer, loss) == pytest.approx(exact(twin, [twin], squared(twin, x)), rel=1e-5)
 
 
 # What is left out ---------------------------------------------------------------------------------------------

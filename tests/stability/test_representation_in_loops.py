@@ -7,6 +7,7 @@ import gc
 import math
 import tempfile
 import weakref
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers import OwnLoss, assert_same, batch_of, closure_for, everything, loss_fn, mlp, noisy_net, sgd
@@ -26,6 +29,7 @@ from tests.stability.outputs import (
     replay_of,
     squared,
     trainable,
+    whole_outputs,
 )
 from warmctl.loss.replay import Replay
 from warmctl.loss.source import EXACT, Replays
@@ -200,12 +204,15 @@ def closure_with_streams(opt: torch.optim.Optimizer, loss: Any) -> Any:
 # Several ranks ------------------------------------------------------------------------------------------------
 
 
-def on_rank(rank: int, store: str) -> None:
-    """Asserts on both ranks; what fails is raised by the spawning process."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+@torch.no_grad()
+def grow(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.mul_(1.1)
+
+
+def check_copies(rank: int, halves: Any) -> None:
     model = mlp()
     wrapped = DistributedDataParallel(model)
-    halves = batch_of(0)[0].chunk(2)
 
     def alone(index: int) -> float:
         twin = mlp()
@@ -218,27 +225,39 @@ def on_rank(rank: int, store: str) -> None:
     dist.all_gather_object(both, found)
     assert both[0] == both[1]
 
+
+def check_shards(rank: int, halves: Any) -> None:
     sharded = mlp()
     for layer in (*sharded, sharded):
         fully_shard(layer)
     replay, change = replay_of(sharded, squared(sharded, halves[rank])), RepresentationChange(sharded)
     change.before(replay)
-    with torch.no_grad():
-        for p in sharded.parameters():
-            p.mul_(1.1)
+    grow(sharded)
     double = mlp()
-
-    def grow() -> None:
-        with torch.no_grad():
-            for p in double.parameters():
-                p.mul_(1.1)
-
     truths = []
     for half in halves:
         double.load_state_dict(mlp().state_dict())
-        truths.append(exact(double, children(nn.Linear)(double), squared(double, half), grow))
+        truths.append(exact(double, children(nn.Linear)(double), squared(double, half), lambda: grow(double)))
     assert change.after(replay) == pytest.approx(sum(truths) / 2, rel=1e-5)
 
+
+def check_tensor_parallel(rank: int, halves: Any) -> None:
+    split = parallelize_module(
+        mlp(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
+    )
+    found = measured(split, squared(split, halves[0]), lambda: grow(split))
+    plain = mlp()
+    old = whole_outputs(list(plain), squared(plain, halves[0]))
+    grow(plain)
+    new = whole_outputs(list(plain), squared(plain, halves[0]))
+    parts = [(new[0] - old[0]).chunk(2, 1), old[0].chunk(2, 1)]
+    first = sum(float(b.norm() / a.norm()) for b, a in zip(*parts, strict=True)) / 2  # each rank sees its columns
+    assert found == pytest.approx((first + float((new[2] - old[2]).norm() / old[2].norm())) / 2, rel=1e-5)
+
+
+def check_one_rank_alone(rank: int, halves: Any) -> None:
+    """That sees no layer, or fails."""
+    model = mlp()
     seen, unseen = squared(model, halves[rank]), lambda: model[0].weight.square().sum()
     assert math.isnan(measured(model, unseen if rank else seen))  # no layer on one rank: unknown to both
 
@@ -251,6 +270,15 @@ def on_rank(rank: int, store: str) -> None:
             change.after(failing)
     else:
         assert math.isnan(change.after(failing))
+
+
+def on_rank(rank: int, store: str) -> None:
+    """Asserts on both ranks; what fails is raised by the spawning process."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=1)
+    )
+    for check in (check_copies, check_shards, check_tensor_parallel, check_one_rank_alone):
+        check(rank, batch_of(0)[0].chunk(2))
     dist.barrier()
     dist.destroy_process_group()
 
