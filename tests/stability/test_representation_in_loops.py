@@ -149,10 +149,7 @@ def test_a_compiled_model_is_measured_and_not_compiled_again(backend: str, given
     assert found == pytest.approx(step(twin, twin, plain), rel=1e-3) and min(found) > 0.0
 
 
-NO_GRAPH = pytest.mark.xfail(strict=True, reason="the capture finds no loss in a forward without a graph")
-
-
-@pytest.mark.parametrize("source", ["closure", "observed", pytest.param("captured", marks=NO_GRAPH)])
+@pytest.mark.parametrize("source", ["closure", "observed", "captured"])
 def test_the_sources_of_the_loss(source: str) -> None:
     model: nn.Module = OwnLoss(noisy_net()) if source == "captured" else noisy_net()
     params, batch, opt = trainable(model), batch_of(0), sgd(model)

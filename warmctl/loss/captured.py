@@ -32,12 +32,19 @@ SCALED_BACK = 1e-3
 
 
 def find_loss(output: Any) -> Tensor | None:
-    """The loss in a model's output: `.loss`, or the one scalar that requires grad in a tuple, list or dict."""
+    """The loss in a model's output: `.loss`, or the one scalar in a tuple, list or dict.
+
+    It requires grad, unless gradients are off.
+    """
+
+    def differentiable(value: Tensor) -> bool:
+        return value.requires_grad or not torch.is_grad_enabled()
+
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
-        return loss if loss.numel() == 1 and loss.requires_grad else None
+        return loss if loss.numel() == 1 and differentiable(loss) else None
     items = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
-    scalars = [t for t in items if isinstance(t, Tensor) and t.ndim == 0 and t.requires_grad]
+    scalars = [t for t in items if isinstance(t, Tensor) and t.ndim == 0 and differentiable(t)]
     return scalars[0] if len(scalars) == 1 else None
 
 
