@@ -32,7 +32,7 @@ from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
 
 COLUMNS = (
     "step", "phase", "scale", "lr", "scheduled_lr", "loss", "sharpness", "threshold", "stability_ratio",
-    "target", "residual", "hvps", "probes", "overhead", "probed", "reason",
+    "representation_change", "end_slope", "target", "residual", "hvps", "probes", "overhead", "probed", "reason",
 )  # fmt: skip
 BLOCK = 256
 """Rows of `record` that are kept as they are before they are taken into columns."""
@@ -43,8 +43,8 @@ class History(Sequence[Row]):
 
     `history[-1]` is a row, `history["scale"]` a list. A row has at least an integer "step"; its other
     columns are those of `COLUMNS` and any more, and a value not given is None. A cell takes nine bytes
-    (measured: 148 bytes a row with all of `COLUMNS`), so nothing is ever dropped: a million steps are
-    0.15 GB.
+    (measured: 173 bytes a row with all of `COLUMNS`), so nothing is ever dropped: a million steps are
+    0.17 GB.
 
     Pickles and copies hold the rows and no open files: call `to_jsonl` or `to_csv` again to go on writing.
     """
