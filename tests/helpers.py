@@ -16,8 +16,8 @@ from warmctl import AdaptiveWarmup
 
 Batch = tuple[Tensor, Tensor]
 METRICS = (
-    "step", "phase", "scale", "lr", "sharpness", "threshold", "stability_ratio", "target", "residual", "hvps",
-    "probes", "overhead", "reason",
+    "step", "phase", "scale", "lr", "sharpness", "threshold", "stability_ratio", "representation_change",
+    "end_slope", "target", "residual", "hvps", "probes", "overhead", "reason",
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def everything(model: nn.Module, opt: Any) -> dict[str, Any]:
     trace = {
         "weights and buffers": model.state_dict(),
         "grad": [p.grad for p in params],
-        "state": [{k: v for k, v in base.state.get(p, {}).items() if k != "warmctl_vector"} for p in params],
+        "state": [{k: v for k, v in base.state.get(p, {}).items() if not k.startswith("warmctl_")} for p in params],
         "lr": [group["lr"] for group in base.param_groups],
         "random": random_streams(),
         "modes": [module.training for module in model.modules()],

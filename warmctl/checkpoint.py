@@ -1,14 +1,15 @@
 """The wrapper's state inside the optimizer's own state dict, in a form that every checkpoint format carries.
 
 torch.distributed.checkpoint keeps only `state` and `param_groups`. So the numbers travel as one float64 tensor in the
-first group and the eigenvector as one more entry beside each parameter's moments. The latter is there even before the
-first probe (zeros): a sharded checkpoint is read into the structure that a fresh wrapper announces.
+first group, and each vector (the eigenvector, the average of the parameters) as one more entry beside each parameter's
+moments. Vectors are there even before they are known (zeros): a sharded checkpoint is read into the structure that a
+fresh wrapper announces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,24 +17,46 @@ from torch.optim import SGD, Optimizer
 
 from warmctl.state import Saved
 
-NUMBERS, VECTOR = "warmctl", "warmctl_vector"
+NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
 FORMAT = 2.0
+
+Parts = list[Tensor | None]
+
+
+class SavedVector(Protocol):
+    """What keeps a parameter-shaped vector that is saved."""
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether it is known."""
+        ...
+
+    def vector_of(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """This process's part of it by parameter; zeros where it is not known."""
+        ...
+
+    def load_vector(self, parts: Parts, params: list[Tensor]) -> None:
+        """Continue from what was saved, with gaps where nothing was. Called when the numbers have been loaded."""
+        ...
 
 
 class SavedState:
-    """The wrapper's numbers and eigenvector inside the state of the optimizer that it wraps.
+    """The wrapper's numbers and vectors inside the state of the optimizer that it wraps.
 
-    Numbers and vector are announced in the live state too, for formats that read there what to restore.
+    Numbers and vectors are announced in the live state too, for formats that read there what to restore.
 
     Args:
-        parts: all that is saved beside the eigenvector, always in one order.
+        parts: all that is saved beside the vectors, always in one order.
+        vectors: what keeps them, by the name beside the moments.
 
     Attributes:
-        stepped: the optimizer has made a step: its own state is set up, and the vector may stand beside it.
+        stepped: the optimizer has made a step: its own state is set up, and vectors may stand beside it.
     """
 
-    def __init__(self, optimizer: Optimizer, parts: Callable[[], Sequence[Saved]]) -> None:
-        self.optimizer, self.parts = optimizer, parts
+    def __init__(
+        self, optimizer: Optimizer, parts: Callable[[], Sequence[Saved]], vectors: Mapping[str, SavedVector]
+    ) -> None:
+        self.optimizer, self.parts, self.vectors = optimizer, parts, vectors
         self.stepped = False
         self._announced: list[Tensor] = []
 
@@ -48,63 +71,77 @@ class SavedState:
         return torch.tensor([FORMAT, *self._values()], dtype=torch.float64)
 
     def withdraw(self) -> None:
-        """Take the vector out of the live state again: the optimizer is about to use it."""
+        """Take the vectors out of the live state again: the optimizer is about to use it."""
         for p in self._announced:
-            if VECTOR in self.optimizer.state.get(p, ()):
-                del self.optimizer.state[p][VECTOR]
-                if not self.optimizer.state[p]:
-                    del self.optimizer.state[p]
+            entry = self.optimizer.state.get(p, {})
+            for name in self.vectors.keys() & entry.keys():
+                del entry[name]
+            if not entry:
+                self.optimizer.state.pop(p, None)
         self._announced = []
 
-    def state_dict(self, vector: dict[Tensor, Tensor], measured: bool) -> dict[str, Any]:
-        """A copy of the wrapped optimizer's state dict with the wrapper's numbers and vector in it.
+    def state_dict(self, params: list[Tensor]) -> dict[str, Any]:
+        """A copy of the wrapped optimizer's state dict with the wrapper's numbers and vectors in it.
 
-        The vector goes beside the moments that are there. Alone in its entry it would break a bare optimizer that
-        loads the state dict: most take an entry that is not empty for one that they have set up.
+        The vectors go beside the moments that are there. Alone in its entry one would break a bare optimizer that
+        loads the state dict: most take an entry that is not empty for one that they have set up. Zeros need not
+        travel with an optimizer without state.
 
         Args:
-            vector: this process's part of the eigenvector, by trainable parameter.
-            measured: there is one; the zeros before the first probe need not travel with an optimizer without state.
+            params: the trainable ones.
         """
         saved = self.optimizer.state_dict()
         groups = [dict(group) for group in saved["param_groups"]]
         groups[0][NUMBERS] = self._numbers()
         state = dict(saved["state"])
-        in_entries_of_its_own = not saved["state"] and (measured or isinstance(self.optimizer, SGD))  # SGD bears it
+        beside = self._vectors_by_parameter(params)
+        known = any(keeper.has_vector for keeper in self.vectors.values())
+        in_entries_of_its_own = not saved["state"] and (known or isinstance(self.optimizer, SGD))  # SGD bears it
         for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            if p in vector and (index in saved["state"] or in_entries_of_its_own):
-                state[index] = {**state.get(index, {}), VECTOR: _like(p, vector[p])}
+            if p in beside and (index in saved["state"] or in_entries_of_its_own):
+                state[index] = {**state.get(index, {}), **beside[p]}
         if self.stepped:
-            self._announce_vector(vector)
+            self._announce_vectors(beside)
         return {**saved, "state": state, "param_groups": groups}
 
-    def _announce_vector(self, vector: dict[Tensor, Tensor]) -> None:
-        """Put the vector beside the live moments until the next step (torch.distributed.checkpoint with
+    def _vectors_by_parameter(self, params: list[Tensor]) -> dict[Tensor, dict[str, Any]]:
+        found = {name: keeper.vector_of(params) for name, keeper in self.vectors.items()}
+        return {p: {name: _like(p, vector[p]) for name, vector in found.items()} for p in params}
+
+    def _announce_vectors(self, beside: dict[Tensor, dict[str, Any]]) -> None:
+        """Put the vectors beside the live moments until the next step (torch.distributed.checkpoint with
         flatten_optimizer_state_dict=True reads names there). Only after a first step, and not alone.
         """
         state = self.optimizer.state
         stateless = not any(state.values())
-        self._announced = [p for p in vector if stateless or state.get(p)]
+        self._announced = [p for p in beside if stateless or state.get(p)]
         for p in self._announced:
-            state[p][VECTOR] = _like(p, vector[p])
+            state[p].update(beside[p])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> list[Tensor | None] | None:
-        """Load the optimizer's part and the numbers. Returns the vector; None if a bare optimizer saved the state.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
+        """Load the optimizer's part, numbers and vectors. False if a bare optimizer saved the state.
 
         Raises: ValueError if the wrapper's part does not fit, before anything is loaded; the base checks its own.
         """
-        bare, numbers, vector = unpack(state_dict)
+        bare, numbers, vectors = unpack(state_dict, self.vectors)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        trainable = [v for v, p in zip(vector, params, strict=False) if p.requires_grad]
-        _check_fits(numbers, len(self._values()), trainable, [p for p in params if p.requires_grad])
+        trainable = [p for p in params if p.requires_grad]
+        kept = {
+            name: [part for part, p in zip(parts, params, strict=False) if p.requires_grad]
+            for name, parts in vectors.items()
+        }
+        for parts in kept.values():
+            _check_fits(numbers, len(self._values()), parts, trainable)
         self.optimizer.load_state_dict(bare)
         if numbers is None:
-            return None
+            return False
         for part in self.parts():
             size = len(part.state_values())
             part.load_state_values(numbers[:size])
             numbers = numbers[size:]
-        return trainable
+        for name, keeper in self.vectors.items():
+            keeper.load_vector(kept[name], trainable)
+        return True
 
 
 def _check_fits(
@@ -123,8 +160,10 @@ def _check_fits(
             )
 
 
-def unpack(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[float] | None, list[Tensor | None]]:
-    """The wrapped optimizer's state dict, the numbers, and the vector in the order of the parameters.
+def unpack(
+    state_dict: dict[str, Any], names: Iterable[str]
+) -> tuple[dict[str, Any], list[float] | None, dict[str, Parts]]:
+    """The wrapped optimizer's state dict, the numbers, and the vectors of these names in the order of the parameters.
 
     The numbers are None if the state dict was saved by a bare optimizer.
     """
@@ -132,19 +171,22 @@ def unpack(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[float] | No
     numbers = groups[0].get(NUMBERS) if groups else None
     for group in groups:
         group.pop(NUMBERS, None)
-    state, vectors = {}, {}
+    state: dict[Any, Any] = {}
+    found: dict[str, dict[Any, Tensor]] = {name: {} for name in names}
     for key, entry in state_dict["state"].items():
-        if isinstance(entry, dict) and VECTOR in entry:
-            vectors[key] = entry[VECTOR]
-            entry = {name: value for name, value in entry.items() if name != VECTOR}
+        if isinstance(entry, dict) and found.keys() & entry.keys():
+            for name in found.keys() & entry.keys():
+                found[name][key] = entry[name]
+            entry = {name: value for name, value in entry.items() if name not in found}
             if not entry:
                 continue
         state[key] = entry
     values = None if numbers is None else [float(v) for v in numbers]
     if values is not None and values[0] != FORMAT:
         raise ValueError(f"this checkpoint has warmctl's state in format {values[0]:g}; this version reads {FORMAT:g}")
-    order = [vectors.get(key) for group in groups for key in group["params"]]
-    return {**state_dict, "state": state, "param_groups": groups}, values and values[1:], order
+    keys = [key for group in groups for key in group["params"]]
+    vectors = {name: [parts.get(key) for key in keys] for name, parts in found.items()}
+    return {**state_dict, "state": state, "param_groups": groups}, values and values[1:], vectors
 
 
 def _like(param: Any, part: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,23 @@ def inner_product(params: Sequence[Tensor]) -> Callable[[Vector, Vector], float]
         return agree([dot(a, b, weights)], device)[0] * world_size()
 
     return inner
+
+
+def sum_over_shards(params: Sequence[Tensor], values: Tensor) -> Tensor:
+    """Sum of one value a parameter, of this process's part of it, such that the mean over ranks is the global sum.
+
+    That is right for values that add up over shards, as squares do; of replicas the mean is any of them. Waits for
+    nothing.
+    """
+    world = world_size()
+    if world == 1 or not is_sharded(params):
+        return values.sum()
+    total, start = values.new_zeros(()), 0
+    for weight, run in groupby(_shard_weights(params)):  # one run, mostly
+        end = start + sum(1 for _ in run)
+        total += values[start:end].sum() * (weight * world)
+        start = end
+    return total
 
 
 def _shard_weights(params: Sequence[Tensor]) -> list[float]:

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from warmctl import arguments
-from warmctl.checkpoint import SavedState
+from warmctl.checkpoint import AVERAGE, VECTOR, SavedState
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
 from warmctl.loss.replay import Closure
@@ -62,7 +62,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
     differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one, 2 `probe_steps` + 3
-    during the first.
+    during the first; with `control=False` one more in warmup.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -95,7 +95,8 @@ class AdaptiveWarmup(OptimizerProxy):
         self.cadence = Cadence(every=every, budget=budget)
         self.history = History()
         self._rates, self._signals = ScaledRates(), StepSignals()
-        self._saved = SavedState(optimizer, self._parts)
+        average = {} if control else {AVERAGE: self._signals.slope}
+        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, **average})
         self._record("", keep=False)
         self._saved.announce_numbers()
 
@@ -114,10 +115,10 @@ class AdaptiveWarmup(OptimizerProxy):
         """The values of the latest step, plain Python scalars, as the history has them.
 
         `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, measured at
-        probes and carried on between them; `sharpness`, `threshold`, `residual`: of the last probe, r₁·τ/η in the
-        optimizer's own coordinates (for SGD with one rate and no weight decay an estimate of λ_max(H)), τ, and
-        the residual relative to it; `hvps`, `probes`, `overhead`: so far, the last in gradient evaluations per one of
-        training; `reason`: words, mostly "".
+        probes and carried on between them; `end_slope`: −cos of this gradient and the last steps, if `control=False`;
+        `sharpness`, `threshold`, `residual`: of the last probe, r₁·τ/η in the optimizer's own coordinates (for SGD with
+        one rate and no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`,
+        `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
         """
         beside = ("scheduled_lr", "loss", "probed")
         return {name: value for name, value in self._row._asdict().items() if name not in beside}
@@ -171,7 +172,7 @@ class AdaptiveWarmup(OptimizerProxy):
         if self.phase == "done":
             self._coast(rate, loss)
             return
-        value, norm, finite = self._signals.read(loss, params)
+        value, norm, _, finite = self._signals.read(loss, params, self.phase == "warmup" and not self.control)
         guarding = self.phase != "warmup" and not self.controller.rising(rate)  # a new high is probed as in warmup
         due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)  # why, or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1) if finite else None
@@ -189,6 +190,7 @@ class AdaptiveWarmup(OptimizerProxy):
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
         self.sources.rest()
+        self._signals.rest()
         self.controller.update(rate)
         self._rates.scale(self.param_groups, self._applied_scale)
         self._record("", None if loss is None or loss.device.type != "cpu" else float(loss))
@@ -225,7 +227,8 @@ class AdaptiveWarmup(OptimizerProxy):
         sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
         self._row = StepRow(
             *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
-            *(self.controller.target, residual, int(counts.hvps), int(counts.probes), counts.overhead, probed, reason),
+            *(math.nan, self._signals.end_slope, self.controller.target, residual, int(counts.hvps)),
+            *(int(counts.probes), counts.overhead, probed, reason),
         )
         if keep:
             self.history.record(self._row)
@@ -240,8 +243,6 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
-        if self.sources.observed.loss_fn is None:
-            raise ValueError("observe(batch) needs AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)")
         self.sources.observed.observe(batch, self.trainable)
 
     def restart(self) -> None:
@@ -249,6 +250,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.controller.restart()
         self.cadence.restart()
         self.meter.restart()
+        self._signals.rest()
         self.sources.wake()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -259,22 +261,20 @@ class AdaptiveWarmup(OptimizerProxy):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: tensors and primitives only.
 
-        It is larger than the former by one parameter-sized vector, the eigenvector.
+        It is larger than the former by one parameter-sized vector, the eigenvector; with `control=False` by two.
         """
-        return self._saved.state_dict(self.meter.eigenvector(self.trainable), self.meter.estimator.vector is not None)
+        return self._saved.state_dict(self.trainable)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
 
         Raises: ValueError if the parameter groups have another layout than those that were saved.
         """
-        vector = self._saved.load_state_dict(state_dict)
-        if vector is None:
-            self.restart()
-        else:
+        if self._saved.load_state_dict(state_dict):
             self.sources.resume()
-            self.meter.estimator.load_vector(vector, self.trainable)
             self._record("resumed", keep=False)
+        else:
+            self.restart()
         self._saved.announce_numbers()
 
     def _parts(self) -> tuple[Saved, ...]:

@@ -47,7 +47,7 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float] | Non
     """Σ_i wᵢ aᵢ·bᵢ as a float; each tensor is summed in its dtype, at least float32, the sum in float64."""
     if not a:
         return 0.0
-    total = squares(a) if a is b or all(map(operator.is_, a, b)) else _products(a, b)
+    total = squares(a) if a is b or all(map(operator.is_, a, b)) else products(a, b)
     if weights is not None:
         total = total * torch.tensor(weights, dtype=total.dtype, device=total.device)
     return float(total.sum())
@@ -57,12 +57,13 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float] | Non
 def squares(a: Sequence[Tensor]) -> Tensor:
     """aᵢ·aᵢ, `wide` of shape (len(a),), by one pass over each tensor: half the cost of a product."""
     if any(dtype.itemsize < 4 for dtype in {x.dtype for x in a}):
-        return _products(a, a)
+        return products(a, a)
     return gathered(torch._foreach_norm(list(a))).square()
 
 
 @torch.no_grad()
-def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """aᵢ·bᵢ, `wide` of shape (len(a),)."""
     return gathered([_dot(x, y) for x, y in zip(a, b, strict=True)])
 
 

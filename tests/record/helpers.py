@@ -24,6 +24,8 @@ def row(step: int, **values: Any) -> dict[str, Any]:
         "sharpness": None,
         "threshold": 3.8,
         "stability_ratio": 1 / 3,
+        "representation_change": None,
+        "end_slope": 0.2 - 0.1 * step,
         "target": 0.5,
         "residual": 0.01,
         "hvps": 2 * step,

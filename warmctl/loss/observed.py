@@ -23,6 +23,9 @@ class ObservedSource:
         self._random_state: RandomState | None = None
 
     def observe(self, batch: Any, params: list[Tensor]) -> None:
+        """Raises: ValueError without a loss_fn."""
+        if self.loss_fn is None:
+            raise ValueError("observe(batch) needs AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)")
         self._batch, self._random_state = batch, RandomState({p.device for p in params})
 
     @property

@@ -43,6 +43,8 @@ class StepRow(NamedTuple):
     sharpness: float
     threshold: float
     stability_ratio: float
+    representation_change: float
+    end_slope: float
     target: float
     residual: float
     hvps: int
@@ -62,8 +64,8 @@ class History(Sequence[Row]):
 
     `history[-1]` is a row, `history["scale"]` a list. A row has at least an integer "step"; its other
     columns are those of `COLUMNS` and any more, and a value not given is None. A cell takes nine bytes
-    (measured: 148 bytes a row with all of `COLUMNS`), so nothing is ever dropped: a million steps are
-    0.15 GB.
+    (measured: 173 bytes a row with all of `COLUMNS`), so nothing is ever dropped: a million steps are
+    0.17 GB.
 
     Pickles and copies hold the rows and no open files: call `to_jsonl` or `to_csv` again to go on writing.
     """

@@ -6,6 +6,7 @@ Which of the three depends on the optimizer and on the loop; the meter keeps cou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,8 +127,17 @@ class Meter:
         self._update = self._on_graph = None
         return measured
 
-    def eigenvector(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
-        """That of the last probe, this process's part of it, by parameter; zeros if there is none of these shapes."""
+    @property
+    def has_vector(self) -> bool:
+        """Whether there is an eigenvector."""
+        return self.estimator.vector is not None
+
+    def load_vector(self, parts: Sequence[Tensor | None], params: list[Tensor]) -> None:
+        """Continue from a saved eigenvector."""
+        self.estimator.load_vector(parts, params)
+
+    def vector_of(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """This process's part of the last eigenvector, by parameter; zeros if there is none of these shapes."""
         vector, shapes = self.estimator.vector, locals_of(params)
         if vector is None or [v.shape for v in vector] != [t.shape for t in shapes]:  # frozen or thawed since
             vector = [torch.zeros_like(t) for t in shapes]

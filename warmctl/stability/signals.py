@@ -1,71 +1,137 @@
-"""What a step says for free: its loss and the norm of its gradient."""
+"""What a step says for free: its loss, the norm of its gradient, and its slope along the last movement."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.vectors import gathered, local
+from warmctl.stability.end_slope import EndSlope
+from warmctl.vectors import local, squares
+
+UNKNOWN = (math.nan,) * 4
+
+
+class Signals(NamedTuple):
+    """Of one step, the same on every rank; nan where unknown.
+
+    Attributes:
+        norm: of the gradient, over all its shards.
+        end_slope: see `EndSlope`.
+        finite: whether loss and norm are, as far as they are known.
+    """
+
+    loss: float
+    norm: float
+    end_slope: float
+    finite: bool
 
 
 class StepSignals:
-    """Loss and gradient norm, the same on every rank; nan where unknown.
+    """Reads the signals of each step.
 
     On an accelerator they are those of the step before: reading this step's would make the device wait.
+
+    Attributes:
+        slope: keeps the vector that the end slope needs.
+        end_slope: as last read.
     """
 
-    def __init__(self, loss: float = math.nan, norm: float = math.nan, sent: float = 0.0) -> None:
-        self._sent = torch.tensor([loss, norm], dtype=torch.float64)
-        self._nothing_sent = not sent
+    def __init__(self) -> None:
+        self.slope, self.end_slope = EndSlope(), math.nan
         self._arrived: Any = None
+        self._wait_for(UNKNOWN)
 
-    def read(self, loss: Tensor | None, params: list[Tensor]) -> tuple[float, float, bool]:
-        """Loss, gradient norm, and whether both are finite, as far as they are known."""
-        grads = [local(grad) for p in params if (grad := p.grad) is not None]
-        norms = torch._foreach_norm([g if g.layout == torch.strided else g.coalesce().values() for g in grads])
-        square = gathered(norms).square().sum()
-        if norms[0].device.type == "cpu" and distributed.world_size() == 1:
-            return _judged(math.nan if loss is None else float(loss), math.sqrt(float(square)), loss is not None)
-        value = torch.full_like(square, math.nan) if loss is None else loss.to(square)
-        signals = distributed.average(torch.stack([value.reshape(()), square.sqrt()]))
-        if signals.device.type == "cpu":
-            return _judged(float(signals[0]), float(signals[1]), loss is not None)
-        (before, norm), first = self.delayed, self._nothing_sent
-        self._send(signals)
-        return (before, norm, True) if first else _judged(before, norm, loss is not None)
+    def rest(self) -> None:
+        """No end slope is wanted: free its vector. The next that is wanted begins anew."""
+        self.slope.forget()
+        self.end_slope = math.nan
+
+    @torch.no_grad()
+    def read(self, loss: Tensor | None, params: list[Tensor], end_slope: bool = True) -> Signals:
+        """The signals of the coming step, whose gradient is there. Call it once a step.
+
+        Args:
+            loss: None if unknown.
+            end_slope: whether it is wanted.
+        """
+        if not end_slope:
+            self.rest()
+        found = self._read(loss, params, self.slope.products(params) if end_slope else None)
+        self.end_slope = found.end_slope
+        if not found.finite:  # the vector may not be, and would never be again
+            self.slope.forget()
+        return found
+
+    def _read(self, loss: Tensor | None, params: list[Tensor], slope: tuple[Tensor, Tensor] | None) -> Signals:
+        square = _square(params)
+        known = loss is not None
+        if square.device.type == "cpu" and distributed.world_size() == 1:
+            sums = (math.nan, math.nan) if slope is None else map(float, slope)
+            return _signals([float(loss) if loss is not None else math.nan, float(square), *sums], known)
+        unknown = torch.full_like(square, math.nan)
+        value = unknown if loss is None else loss.to(square).reshape(())
+        sent = torch.stack([value, square, *(part.to(square) for part in slope or (unknown, unknown))])
+        sent = distributed.average(sent)
+        if sent.device.type == "cpu":
+            return _signals(sent.tolist(), known)
+        first, before = self._nothing_sent, self.delayed
+        self._send(sent)
+        return _signals(before, known)._replace(finite=True) if first else _signals(before, known)
 
     @property
-    def delayed(self) -> tuple[float, float]:
-        """Those that `read` has not returned yet. Waits until they have arrived, not for what was launched since."""
+    def delayed(self) -> list[float]:
+        """What `read` has not returned yet. Waits until it has arrived, not for what was launched since."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, norm = self._sent.tolist()
-        return loss, norm
+        values: list[float] = self._sent.tolist()
+        return values
 
-    def _send(self, signals: Tensor) -> None:
+    def _send(self, values: Tensor) -> None:
         """To the host, behind the device's work so far."""
         self._nothing_sent = False
-        if signals.device.type != "cuda":
-            self._sent = signals
+        if values.device.type != "cuda":
+            self._sent = values
             return
-        self._sent = torch.empty_like(signals, device="cpu", pin_memory=True)
-        self._sent.copy_(signals, non_blocking=True)
+        self._sent = torch.empty_like(values, device="cpu", pin_memory=True)
+        self._sent.copy_(values, non_blocking=True)
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record(torch.cuda.current_stream(signals.device))
+        self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def _wait_for(self, values: Sequence[float], sent: bool = False) -> None:
+        """Those that the next `read` returns on an accelerator."""
+        self._sent = torch.tensor(values, dtype=torch.float64)
+        self._nothing_sent = not sent
+        self._arrived = None
 
     def state_values(self) -> list[float]:
-        return [*self.delayed, float(not self._nothing_sent)]
+        return [*self.delayed, float(not self._nothing_sent), float(self.slope.followed)]
 
     def load_state_values(self, values: list[float]) -> None:
-        self.__dict__ = StepSignals(*values).__dict__
+        *awaited, sent, followed = values
+        self._wait_for(awaited, sent=bool(sent))
+        self.slope.followed = int(followed)
 
-    def __reduce__(self) -> Any:
-        return StepSignals, tuple(self.state_values())
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sent": torch.tensor(self.delayed, dtype=torch.float64), "_arrived": None}
 
 
-def _judged(loss: float, norm: float, loss_known: bool) -> tuple[float, float, bool]:
-    return loss, norm, math.isfinite(norm) and (not loss_known or math.isfinite(loss))
+def _square(params: Sequence[Tensor]) -> Tensor:
+    """Of the norm of the gradient, over shards as by `sum_over_shards`."""
+    held = [(p, local(p.grad)) for p in params if p.grad is not None]
+    dense = [g if g.layout == torch.strided else g.coalesce().values() for _, g in held]
+    return distributed.sum_over_shards([p for p, _ in held], squares(dense))
+
+
+def _signals(sums: Sequence[float], loss_known: bool) -> Signals:
+    """From the loss, gᵀg, −gᵀM and MᵀM. The last two are of any scale; without a direction there is no slope."""
+    loss, square, along, length = sums
+    norm = math.sqrt(square) if square >= 0.0 else math.nan
+    size = norm * math.sqrt(length) if length >= 0.0 else math.nan
+    slope = along / size if size > 0.0 else math.nan
+    slope = min(max(slope, -1.0), 1.0) if math.isfinite(slope) else math.nan
+    return Signals(loss, norm, slope, math.isfinite(norm) and (not loss_known or math.isfinite(loss)))

@@ -1,0 +1,126 @@
+"""Signals on several ranks. Run by test_signals.py with torchrun; rank 0 prints a line of JSON.
+
+ranks.py FOLDER save     train from the start by DDP, FSDP2 and both at once; save the sharded run in mid-warmup
+ranks.py FOLDER load     go on with what another number of ranks has saved
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import load, save  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.worker import Regressor, build, own
+from warmctl import AdaptiveWarmup
+from warmctl.stability.signals import Signals
+
+STEPS, SAVED_AT, LATER = 6, 4, 8
+
+
+def rule(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.03)
+
+
+def watched(model: nn.Module, known: nn.Module) -> tuple[AdaptiveWarmup, list[list[float]]]:
+    """The wrapper, and the signals of each of its steps to come."""
+    opt, rows = AdaptiveWarmup(rule(model), known, control=False, every=100), []
+    read = opt._signals.read
+
+    def noted(*arguments: Any, **options: Any) -> Signals:
+        found = read(*arguments, **options)
+        rows.append([found.loss, found.norm, found.end_slope])
+        return found
+
+    opt._signals.read = noted  # type: ignore[method-assign]
+    return opt, rows
+
+
+def train(model: nn.Module, opt: AdaptiveWarmup, steps: range) -> None:
+    for step in steps:
+        x, y = own(step)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            opt.zero_grad()
+            loss: Tensor = model(x, y)["loss"]
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        opt.step(closure)
+
+
+def sharded(seed: int = 0, copies: int = 1) -> Regressor:
+    """By FSDP2 over all ranks, or over each of `copies` groups of them."""
+    world = dist.get_world_size()
+    if copies == 1:
+        mesh = init_device_mesh("cpu", (world,))
+    else:
+        mesh = init_device_mesh("cpu", (copies, world // copies), mesh_dim_names=("replicate", "shard"))
+    model = build(seed)
+    for layer in model.body:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def trained(name: str) -> list[list[float]]:
+    model = build() if name == "ddp" else sharded(copies=2 if name == "hybrid" else 1)
+    outer = DistributedDataParallel(model) if name == "ddp" else model
+    opt, rows = watched(model, outer)
+    train(outer, opt, range(STEPS))
+    return rows
+
+
+def state(model: nn.Module, opt: AdaptiveWarmup) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, opt)
+    return {"model": weights, "optimizer": moments}
+
+
+def saved(folder: Path) -> list[list[float]]:
+    model = sharded()
+    opt, rows = watched(model, model)
+    train(model, opt, range(SAVED_AT))
+    save(state(model, opt), checkpoint_id=folder)
+    train(model, opt, range(SAVED_AT, LATER))
+    return rows[SAVED_AT:]
+
+
+def loaded(folder: Path) -> list[list[float]]:
+    model = sharded(seed=1)
+    opt, rows = watched(model, model)
+    found = state(model, opt)
+    load(found, checkpoint_id=folder)
+    set_state_dict(model, opt, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    train(model, opt, range(SAVED_AT, LATER))
+    return rows
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    if sys.argv[2] == "save":
+        results = {name: trained(name) for name in ("ddp", "fsdp", "hybrid")} | {"later": saved(folder)}
+    else:
+        results = {"later": loaded(folder)}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, results)
+    if dist.get_rank() == 0:
+        print("RESULTS " + json.dumps(ranks))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Loss, gradient norm and end slope of a step: of the global batch, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed.worker import batch, build
+from tests.stability.ranks import LATER, SAVED_AT, STEPS, rule
+from tests.stability.snapshots import Snapshots
+from warmctl.stability.signals import StepSignals
+
+ROOT = Path(__file__).parents[2]
+Rows = list[list[float]]
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Rows:
+    """Loss, norm and end slope of each step on the whole batch, by definition, in one process without the wrapper."""
+    model, snapshots, rows = build(), Snapshots(), []
+    base = rule(model)
+    for step in range(LATER):
+        base.zero_grad()
+        loss: Tensor = model(*batch(step))["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        rows.append([loss.item(), norm.item(), snapshots.end_slope(model.parameters())])
+        base.step()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+def on_ranks(count: int, folder: Path, what: str) -> list[dict[str, Rows]]:
+    """What each rank returned."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launch, "-m", "tests.stability.ranks", str(folder), what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
+    found: list[dict[str, Rows]] = json.loads(lines[-1].removeprefix("RESULTS "))
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Rows]]:
+    return on_ranks(2, folder / "2", "save")
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path) -> list[dict[str, Rows]]:
+    return on_ranks(4, folder / "4", "save")
+
+
+def assert_close(found: Rows, expected: Rows) -> None:
+    assert len(found) == len(expected)
+    for row, truth in zip(found, expected, strict=True):
+        assert row == pytest.approx(truth, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+@needs_gloo
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid"])
+@pytest.mark.parametrize("count", ["two", "four"])
+def test_several_ranks_see_what_one_process_sees(
+    request: pytest.FixtureRequest, alone: Rows, count: str, name: str
+) -> None:
+    found = request.getfixturevalue(count)
+    assert all(repr(rank[name]) == repr(found[0][name]) for rank in found)  # to the last bit; nan is nan
+    assert_close(found[0][name], alone[:STEPS])
+    assert math.isnan(found[0][name][0][2]) and math.isfinite(found[0][name][1][2])
+
+
+@needs_gloo
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_four_ranks_saved_goes_on_on_fewer(
+    four: list[dict[str, Rows]], alone: Rows, folder: Path, count: int
+) -> None:
+    """Bit for bit on as many, to rounding on two."""
+    found = on_ranks(count, folder / "4", "load")
+    assert_close(found[0]["later"], alone[SAVED_AT:])
+    if count == 4:
+        assert found[0]["later"] == four[0]["later"]
+
+
+def with_gradient(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """And its gradient as one vector."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30).to(dtype)
+    model(torch.randn(8, 40).to(dtype)).square().mean().backward()
+    return model, torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+)
+def test_the_norm_is_exact_in_any_precision(dtype: torch.dtype, precision: float) -> None:
+    model, gradient = with_gradient(dtype)
+    found = StepSignals().read(torch.tensor(0.25), list(model.parameters()))
+    assert (found.loss, found.finite) == (0.25, True)
+    assert found.norm == pytest.approx(gradient.norm().item(), rel=precision)
+
+
+def test_a_sparse_gradient_counts_as_the_dense_one_does() -> None:
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model, rows = nn.Embedding(6, 3, sparse=sparse), []
+        base, signals = torch.optim.SGD(model.parameters(), 0.1), StepSignals()
+        for words in ([1, 1, 2], [2, 3, 3], [1, 2, 3]):
+            base.zero_grad()
+            model(torch.tensor(words)).square().sum().backward()
+            rows.append(list(signals.read(None, list(model.parameters())))[1:])
+            base.step()
+        found.append(rows)
+    assert found[0][1][1] != 0.0
+    for sparse_row, dense_row in zip(*found, strict=True):
+        assert sparse_row == pytest.approx(dense_row, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor", "finite"),
+    [(None, 1.0, True), (1.0, 1.0, True), (math.nan, 1.0, False), (1.0, math.inf, False), (None, math.nan, False)],
+)
+def test_finite_as_far_as_it_is_known(loss: float | None, factor: float, finite: bool) -> None:
+    model, _ = with_gradient()
+    model.weight.grad.mul_(factor)
+    found = StepSignals().read(None if loss is None else torch.tensor(loss), list(model.parameters()))
+    assert found.finite is finite
+
+
+def test_numbers_that_are_under_way_travel_with_copies_and_states() -> None:
+    signals, fresh = StepSignals(), StepSignals()
+    signals._send(torch.tensor([0.5, 4.0, 3.0, 9.0], dtype=torch.float64))
+    fresh.load_state_values(signals.state_values())
+    for other in (signals, fresh, copy.deepcopy(signals)):
+        assert other.delayed == [0.5, 4.0, 3.0, 9.0] and not other._nothing_sent
