@@ -28,8 +28,8 @@ from benchmarks.defaults_are_measured.readings import (
     RitzAndBatch,
     RitzAndFresh,
 )
-from benchmarks.harness import runs
 from benchmarks.harness.results import Row
+from benchmarks.harness.source import bare, digest
 from warmctl import AdaptiveWarmup
 
 DEFAULT = "default"
@@ -64,8 +64,8 @@ class Variant:
         own = sorted(
             (base for base in bases if base.__module__.startswith(f"{__package__}.")), key=lambda base: base.__name__
         )
-        sources = [runs.bare(textwrap.dedent(inspect.getsource(base))) for base in own]
-        return runs.digest(f"{sorted(self.options.items())} {sorted(self.parts)} {sources}")
+        sources = [bare(textwrap.dedent(inspect.getsource(base))) for base in own]
+        return digest(f"{sorted(self.options.items())} {sorted(self.parts)} {sources}")
 
 
 def read(part: type, **options: Any) -> Variant:

@@ -12,7 +12,8 @@ from benchmarks.edge_of_stability.heatmap import KINDS, Heatmap, collect, warmed
 from benchmarks.edge_of_stability.monitored import WIDTHS, bias, first_step, monitored
 from benchmarks.edge_of_stability.problem import SETTINGS
 from benchmarks.harness.results import Results, Row, console
-from benchmarks.harness.runs import library, signature
+from benchmarks.harness.runs import signature
+from benchmarks.harness.source import library
 
 
 @dataclass(frozen=True)

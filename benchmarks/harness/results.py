@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 import warmctl
+from benchmarks.harness.rows import Row as Row
 
 RESULTS = Path(__file__).parents[1] / "results"
-Row = dict[str, Any]
 Quick = Annotated[bool, typer.Option("--quick", help="Under two minutes: fewer, shorter runs.")]
 Report = Annotated[bool, typer.Option("--report", help="Run nothing; report the rows there are.")]
 console = Console(highlight=False)

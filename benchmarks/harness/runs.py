@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import json
 import math
 import multiprocessing
 import time
@@ -19,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import warmctl
 from benchmarks.harness.policies import Wrap, prepare
 from benchmarks.harness.problems import PROBLEMS, Problem
 from benchmarks.harness.results import Row, console
+from benchmarks.harness.rows import append, read
+from benchmarks.harness.source import digest, library
 from warmctl import AdaptiveWarmup
 
 STATISTICS_BATCHES = 50  # forward passes that renew batch norm's statistics at schedule-free's average
@@ -133,50 +131,9 @@ def signature(name: str) -> str:
     return digest(f"{model} {rule} {sizes} {first:.4f}")
 
 
-@lru_cache
-def library() -> str:
-    """Of warmctl's modules that decide a run, without comments and docstrings."""
-    package = Path(warmctl.__file__).parent
-    apart = {package / "__main__.py", *package.glob("record/*"), *package.glob("integrations/*")}
-    files = sorted(file for file in package.rglob("*.py") if file not in apart and file.name != "__init__.py")
-    return digest("".join(bare(file.read_text()) for file in files))
-
-
-def bare(source: str) -> str:
-    """The syntax tree of a module without strings that stand alone."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
-            if isinstance(body, list):
-                body[:] = [line for line in body if not (isinstance(line, ast.Expr) and is_string(line.value))]
-    return ast.dump(tree)
-
-
-def is_string(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
 def load(path: Path) -> dict[Job, Row]:
     """The last whole row of each run; a line that a kill cut short is passed over."""
-    rows: dict[Job, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[Job(*(row[field] for field in Job._fields))] = row
-    return rows
-
-
-def append(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * torn + json.dumps(row) + "\n")
+    return {Job(*(row[field] for field in Job._fields)): row for row in read(path)}
 
 
 def run(jobs: Sequence[Job], path: Path, workers: int) -> dict[Job, Row]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks.harness.models import Block
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -92,37 +93,6 @@ class Recurrent(nn.Module):
         return self.head(self.cell(self.tokens(x))[0])
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
-
-
-class Block(nn.Module):
-    """Layer norm before each branch, or after each sum."""
-
-    def __init__(self, width: int, heads: int, causal: bool, post_norm: bool, activation: str) -> None:
-        super().__init__()
-        self.post_norm = post_norm
-        self.attention = Attention(width, heads, causal)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), ACTIVATIONS[activation](), nn.Linear(4 * width, width))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.post_norm:
-            x = self.norm1(x + self.attention(x))
-            return self.norm2(x + self.mlp(x))
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class Transformer(nn.Module):
     """Symbols [B, T] to logits [B, T, outputs]; those of the last `answers` places if given."""
 
@@ -133,7 +103,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.answers = answers
         self.tokens, self.positions = nn.Embedding(symbols, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal, post_norm, activation) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, causal, post_norm, ACTIVATIONS[activation]) for _ in range(depth))
+        )
         self.norm = nn.Identity() if post_norm else nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
         for embedding in (self.tokens, self.positions):
@@ -151,7 +123,9 @@ class ViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, width, kernel_size=3, stride=3)
         self.positions = nn.Parameter(0.1 * torch.randn(9, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, False, post_norm, activation) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, False, post_norm, ACTIVATIONS[activation]) for _ in range(depth))
+        )
         self.norm = nn.Identity() if post_norm else nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import json
 import math
 import multiprocessing
 import time
@@ -18,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import warmctl
 from benchmarks.harness.results import console
+from benchmarks.harness.rows import Row as Row, append, read
+from benchmarks.harness.source import digest, library
 from benchmarks.tasks.policies import LINEAR, PEERS, Wrap, prepare
 from benchmarks.tasks.tasks import task
 from warmctl import AdaptiveWarmup
 
-Row = dict[str, Any]
 STATISTICS_BATCHES = 30  # forward passes that renew batch norm's statistics at schedule-free's average
 
 
@@ -113,51 +110,9 @@ def signature(seed: int) -> str:
     return digest(f"{model} {drawn.optimizer(model, 1.0)} {drawn.choices} {first:.4f}")
 
 
-@lru_cache
-def library() -> str:
-    """Of warmctl's source, without comments and docstrings."""
-    package = Path(warmctl.__file__).parent
-    apart = {package / "__main__.py", *package.glob("record/*"), *package.glob("integrations/*")}
-    files = sorted(file for file in package.rglob("*.py") if file not in apart and file.name != "__init__.py")
-    return digest("".join(bare(file.read_text()) for file in files))
-
-
-def bare(source: str) -> str:
-    """The syntax tree of a module without strings that stand alone."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            body[:] = [line for line in body if not (isinstance(line, ast.Expr) and _is_string(line.value))]
-    return ast.dump(tree)
-
-
-def _is_string(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
 def load(*paths: Path) -> dict[Job, Row]:
     """The last whole row of each run; a line that a kill cut short is passed over."""
-    rows: dict[Job, Row] = {}
-    for path in paths:
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows[Job(*(row[name] for name in Job._fields))] = row
-    return rows
-
-
-def append(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * torn + json.dumps(row) + "\n")
+    return {Job(*(row[name] for name in Job._fields)): row for path in paths for row in read(path)}
 
 
 def run(jobs: Iterable[Job], path: Path, workers: int = 1, work: Callable[[Job], Row] = measure) -> dict[Job, Row]:

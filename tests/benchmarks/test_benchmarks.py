@@ -10,7 +10,9 @@ import torch
 from benchmarks.harness import cells as stats, policies, results, runs
 from benchmarks.harness.problems import PROBLEMS
 from benchmarks.harness.results import Results, Row
+from benchmarks.harness.rows import append
 from benchmarks.harness.runs import Job
+from benchmarks.harness.source import bare
 from benchmarks.replaces_tuned_warmup import __main__ as command
 from benchmarks.replaces_tuned_warmup.targets import verdicts
 
@@ -149,16 +151,16 @@ def test_a_diverged_run_counts_as_chance_and_has_failed() -> None:
 
 def test_a_line_that_a_kill_cut_short_is_run_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    runs.append(path, row("none", 1.0))
+    append(path, row("none", 1.0))
     path.write_text(path.read_text() + '{"problem": "cnn", "pol')
-    runs.append(path, row("none", 0.5))
-    runs.append(path, row("warmctl", 2.0))
+    append(path, row("none", 0.5))
+    append(path, row("warmctl", 2.0))
     assert [saved["loss"] for saved in runs.load(path).values()] == [0.5, 2.0]
 
 
 def test_comments_and_docstrings_are_no_change_of_code() -> None:
-    assert runs.bare('def f():\n    """Words."""\n    return 1  # one\n') == runs.bare("def f():\n    return 1\n")
-    assert runs.bare("x = 1") != runs.bare("x = 2")
+    assert bare('def f():\n    """Words."""\n    return 1  # one\n') == bare("def f():\n    return 1\n")
+    assert bare("x = 1") != bare("x = 2")
 
 
 def test_second_moment_is_seeded_with_the_first_gradient() -> None:
