@@ -27,7 +27,7 @@ from warmctl.stability.signals import StepSignals
 from warmctl.state import Counts, Saved
 
 log = logging.getLogger("warmctl")
-UNKNOWN = math.nan, math.nan, math.nan
+NO_PROBE_YET = math.nan, math.nan, math.nan
 NOT_FINITE = Reading(math.nan, reason="the loss or its gradient is not finite")
 
 
@@ -144,13 +144,14 @@ class AdaptiveWarmup(OptimizerProxy):
         skipped = self._lend_scaler(unscale=self.phase != "done")
         try:
             if closure is None:
-                if not skipped:
+                if not skipped:  # a GradScaler takes no closure
                     self._decide(self.sources.loss)
                 result: Any = self.base.step()
             else:  # the base calls it before it reads its rates; the first call runs `_decide`
-                on_graph = None if self.phase == "done" else self._backward_on_graph
+                on_graph = None if self.phase == "done" else self._backward_on_graph  # None: it is not watched either
                 result = self.base.step(self.sources.deciding(closure, self._decide, on_graph))
-            self.meter.after_update(self._applied_scale, self.sources.params)  # nothing unless `read` has begun one
+            self.meter.after_update(self._applied_scale, self.sources.params)  # if `read` has asked for it
+            self._saved.stepped = True
             return result
         finally:
             self._end_step(decided=self.counts.steps > steps)
@@ -160,8 +161,7 @@ class AdaptiveWarmup(OptimizerProxy):
     def _decide(self, loss: Tensor | None) -> None:
         """The gradient of the step is there: read its signals, probe if it is time, ask the controller, scale.
 
-        Args:
-            loss: the step's, detached; None if unknown.
+        The loss is the step's, detached; None if unknown.
         """
         rate, params = largest_rate(self.param_groups), self.sources.params
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
@@ -174,7 +174,8 @@ class AdaptiveWarmup(OptimizerProxy):
             return
         value, norm, _, finite = self._signals.read(loss, params, self.phase == "warmup" and not self.control)
         guarding = self.phase != "warmup" and not self.controller.rising(rate)  # a new high is probed as in warmup
-        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)  # why, or ""
+        # Why to probe, or "". It also takes loss and norm into the averages that `losing` and `surprise` compare with.
+        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         before = self.phase
@@ -184,7 +185,7 @@ class AdaptiveWarmup(OptimizerProxy):
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
         self._rates.scale(self.param_groups, self._applied_scale)
-        ratio = decision.ratio if self.control else decision.ratio / decision.scale  # not scaled: that at full rate
+        ratio = decision.ratio if self.control else decision.ratio / decision.scale  # it was not applied
         self._record(decision.reason, None if loss is None else value, found is not None, ratio)
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
@@ -210,7 +211,6 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _end_step(self, decided: bool) -> None:
         """After the update: the schedule's own rates again, the batch forgotten."""
-        self._saved.stepped = True
         self._rates.restore(self.param_groups)
         measured_on_graph = self.meter.next_step()
         self.sources.next_step(measured_on_graph)
@@ -224,7 +224,7 @@ class AdaptiveWarmup(OptimizerProxy):
         """The row of this step."""
         counts, last, scale = self.counts, self.meter.last, self._applied_scale
         scheduled = self._rates.scheduled(self.param_groups)
-        sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else UNKNOWN
+        sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else NO_PROBE_YET
         self._row = StepRow(
             *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
             *(math.nan, self._signals.end_slope, self.controller.target, residual, int(counts.hvps)),
