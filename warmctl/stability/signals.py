@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from warmctl import distributed
+from warmctl.state import ANYTHING, FLAG, Allowed, check
 from warmctl.vectors import gathered, local
 
 
@@ -59,6 +60,9 @@ class StepSignals:
 
     def state_values(self) -> list[float]:
         return [*self.delayed, float(not self._nothing_sent)]
+
+    def check_state_values(self, values: list[float]) -> None:
+        check(values, {"loss": ANYTHING, "norm": Allowed(0.0, math.inf, unknown=True), "sent": FLAG})
 
     def load_state_values(self, values: list[float]) -> None:
         self.__dict__ = StepSignals(*values).__dict__
