@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from warmctl.checkpoint import LAYOUT
 from warmctl.curvature.operators import METHODS
 from warmctl.proxy import OptimizerProxy
 from warmctl.stability.estimator import ESTIMATORS
+from warmctl.warning import first_line
 
 AFTER = ("guard", "hold", "release")
 
@@ -47,6 +50,25 @@ def wrapped(optimizer: Any, model: Any) -> None:
         raise ValueError("model has parameters on the meta device: materialise it (to_empty and load) before wrapping")
     if any(p.is_complex() for p in held):
         raise ValueError("model has complex parameters: curvature is defined for real ones; use torch.view_as_real")
+    _saves_as_torch_does(optimizer)
+
+
+def _saves_as_torch_does(optimizer: Optimizer) -> None:
+    """Raise unless its state dict is one that ours can be put into: better now than at the first checkpoint."""
+    name = type(optimizer).__name__
+    try:
+        saved: Any = optimizer.state_dict()
+    except Exception as error:
+        found = f"raises {first_line(error)}"
+    else:
+        missing = [part for part in LAYOUT if not isinstance(saved, Mapping) or part not in saved]
+        if not missing:
+            return
+        found = f"has no {' and no '.join(map(repr, missing))}"
+    raise TypeError(
+        f"state_dict() of {name} {found}, so this run could not be saved. Wrap an optimizer with torch's state dict: "
+        f"the one inside {name}, alone, or {name} with a state_dict() of its own that has 'param_groups' and 'state'"
+    )
 
 
 def options(

@@ -8,6 +8,7 @@ fresh wrapper announces.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from warmctl.state import Saved
 
 NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
 FORMAT = 2.0
+LAYOUT = "param_groups", "state"
 
 Parts = list[Tensor | None]
 
@@ -121,7 +123,8 @@ class SavedState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
         """Load the optimizer's part, numbers and vectors. False if a bare optimizer saved the state.
 
-        Raises: ValueError if the wrapper's part does not fit, before anything is loaded; the base checks its own.
+        Raises: ValueError if the wrapper's part does not fit or is not possible, before anything is loaded; the base
+        checks its own.
         """
         bare, numbers, vectors = unpack(state_dict, self.vectors)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -132,16 +135,26 @@ class SavedState:
         }
         for parts in kept.values():
             _check_fits(numbers, len(self._values()), parts, trainable)
+        pairs = [] if numbers is None else self._split(numbers)
+        for part, values in pairs:
+            part.check_state_values(values)
         self.optimizer.load_state_dict(bare)
         if numbers is None:
             return False
-        for part in self.parts():
-            size = len(part.state_values())
-            part.load_state_values(numbers[:size])
-            numbers = numbers[size:]
+        for part, values in pairs:
+            part.load_state_values(values)
         for name, keeper in self.vectors.items():
             keeper.load_vector(kept[name], trainable)
         return True
+
+    def _split(self, numbers: list[float]) -> list[tuple[Saved, list[float]]]:
+        """Each part with its own of them."""
+        pairs = []
+        for part in self.parts():
+            size = len(part.state_values())
+            pairs.append((part, numbers[:size]))
+            numbers = numbers[size:]
+        return pairs
 
 
 def _check_fits(
@@ -153,7 +166,11 @@ def _check_fits(
             "version. Load it there, or load a bare optimizer's state dict to begin warmup again"
         )
     for index, (part, p) in enumerate(zip(vector, params, strict=False)):
-        if part is not None and part.shape != p.shape:
+        if part is None:
+            continue
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            raise ValueError(f"{VECTOR} of trainable parameter {index} is no tensor of floats in the checkpoint")
+        if part.shape != p.shape:
             raise ValueError(
                 f"trainable parameter {index} has shape {tuple(p.shape)}, but {tuple(part.shape)} in the checkpoint: "
                 "the parameter groups must be built as they were when it was saved"
@@ -167,8 +184,9 @@ def unpack(
 
     The numbers are None if the state dict was saved by a bare optimizer.
     """
+    _check_layout(state_dict)
     groups = [dict(group) for group in state_dict["param_groups"]]
-    numbers = groups[0].get(NUMBERS) if groups else None
+    values = _read(groups[0][NUMBERS]) if groups and NUMBERS in groups[0] else None
     for group in groups:
         group.pop(NUMBERS, None)
     state: dict[Any, Any] = {}
@@ -181,12 +199,41 @@ def unpack(
             if not entry:
                 continue
         state[key] = entry
-    values = None if numbers is None else [float(v) for v in numbers]
-    if values is not None and values[0] != FORMAT:
-        raise ValueError(f"this checkpoint has warmctl's state in format {values[0]:g}; this version reads {FORMAT:g}")
     keys = [key for group in groups for key in group["params"]]
     vectors = {name: [parts.get(key) for key in keys] for name, parts in found.items()}
-    return {**state_dict, "state": state, "param_groups": groups}, values and values[1:], vectors
+    return {**state_dict, "state": state, "param_groups": groups}, values, vectors
+
+
+def _check_layout(state_dict: Any) -> None:
+    """Raise ValueError unless this has the layout of torch's state dicts, with a rate in every group."""
+    groups, state = (state_dict.get(name) if isinstance(state_dict, Mapping) else None for name in LAYOUT)
+    if not isinstance(groups, (list, tuple)) or not isinstance(state, Mapping):
+        raise ValueError("the state dict must hold 'param_groups', a list, and 'state', a dict, as torch's do")
+    for index, group in enumerate(groups):
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, (int, str)) for key in keys):
+            raise ValueError(f"params of group {index} of the state dict must be a list of numbers or names")
+        rate = group.get("lr")
+        if isinstance(rate, (bool, str)) or not 0.0 <= _number(rate) < math.inf:
+            raise ValueError(f"lr of group {index} is {rate!r} in the state dict, it must be a number of at least 0")
+
+
+def _number(value: Any) -> float:
+    """It as a float; nan if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+
+
+def _read(numbers: Any) -> list[float]:
+    """The wrapper's numbers without that of their format, which must be ours."""
+    if not isinstance(numbers, Tensor) or numbers.dim() != 1 or not len(numbers) or numbers.is_complex():
+        raise ValueError(f"{NUMBERS} in the state dict must be a tensor of numbers, got {type(numbers).__name__}")
+    version, *values = (float(value) for value in numbers.tolist())
+    if version != FORMAT:
+        raise ValueError(f"this checkpoint has warmctl's state in format {version:g}; this version reads {FORMAT:g}")
+    return values
 
 
 def _like(param: Any, part: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
 from warmctl.record.history import History, StepRow
+from warmctl.rollback import all_or_nothing
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
 from warmctl.stability.signals import StepSignals
@@ -259,23 +260,23 @@ class AdaptiveWarmup(OptimizerProxy):
         self.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict and, inside it, the wrapper's: tensors and primitives only.
-
-        It is larger than the former by one parameter-sized vector, the eigenvector; with `control=False` by two.
-        """
+        """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, one eigenvector."""
         return self._saved.state_dict(self.trainable)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
 
-        Raises: ValueError if the parameter groups have another layout than those that were saved.
+        Raises: ValueError, naming the field, if the state does not fit or is not possible. All is as before then.
         """
-        if self._saved.load_state_dict(state_dict):
-            self.sources.resume()
-            self._record("resumed", keep=False)
-        else:
-            self.restart()
-        self._saved.announce_numbers()
+        slope, estimator = self._signals.slope, self.meter.estimator
+        owners = self, self.controller, self.cadence, self.meter, estimator, self.sources.watch, self._signals, slope
+        with all_or_nothing(self.base, self._parts(), owners):
+            if self._saved.load_state_dict(state_dict):
+                self.sources.resume()
+                self._record("resumed", keep=False)
+            else:
+                self.restart()
+            self._saved.announce_numbers()
 
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the eigenvector. The order is that of the checkpoint's format."""

@@ -87,6 +87,16 @@ class OptimizerProxy(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base.load_state_dict(state_dict)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the proxy does not define is the base's own: `d` of Prodigy, `first_step` of SAM. To be read only.
+
+        Private names stay apart, which copy, pickle, schedulers and scalers ask for and set on each.
+        """
+        base = self.__dict__.get("base")  # not there yet while a copy is being made
+        if base is None or name.startswith("_") or name in self.transient:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
 

@@ -97,3 +97,40 @@ def test_modes_and_grad_mode_that_the_closure_changes_are_put_back() -> None:
         assert not torch.is_grad_enabled()
     assert any(g.any() for g in gradient)
     assert all(m.training for m in model.modules())
+
+
+class Registers(torch.nn.Module):
+    """Registers buffers in its forwards, replaces one that was None and takes one away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(4, 3)
+        self.register_buffer("later", None)
+        self.register_buffer("gone", torch.ones(2))
+        self.register_buffer("apart", torch.ones(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.later = x.detach().mean()
+        if "gone" in self._buffers:
+            del self.gone
+        self.register_buffer("apart", torch.zeros(1), persistent=True)
+        self.body.register_buffer("mask", torch.ones(3))
+        self.body.register_buffer("cache", torch.ones(3), persistent=False)
+        out: torch.Tensor = self.body(x) * self.body.mask
+        return out
+
+
+def test_buffers_that_are_registered_inside_go_again() -> None:
+    model = Registers()
+    x = torch.randn(5, 4)
+    before, names = list(model._buffers.items()), list(model.state_dict())
+
+    def loss() -> torch.Tensor:
+        value: torch.Tensor = model(x).square().mean()
+        return value
+
+    Replay.of_loss(loss, list(model.parameters()), module=model).gradient()
+    assert all(model._buffers[name] is buffer for name, buffer in before) and len(model._buffers) == len(before)
+    assert not model.body._buffers and not model.body._non_persistent_buffers_set
+    assert model._non_persistent_buffers_set == {"apart"} and set(model.state_dict()) == set(names)
+    assert model.gone.tolist() == [1.0, 1.0] and model.apart.tolist() == [1.0] and model.later is None

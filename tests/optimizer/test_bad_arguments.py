@@ -120,3 +120,29 @@ def test_complex_parameters() -> None:
     model = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"complex.*view_as_real"):
         AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model)
+
+
+class Lookahead(torch.optim.SGD):
+    """Saves as others than torch do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lookahead_state": {}, "base_optimizer": super().state_dict()}
+
+
+class Unsaved(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("call consolidate_state_dict() first")
+
+
+@pytest.mark.parametrize(
+    ("base", "found"),
+    [
+        (Lookahead, r"Lookahead has no 'param_groups' and no 'state'.*the one inside Lookahead"),
+        (Unsaved, r"Unsaved raises RuntimeError: call consolidate_state_dict\(\) first"),
+    ],
+)
+def test_a_base_that_could_not_be_saved(base: Any, found: str) -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match=found):
+        AdaptiveWarmup(base(model.parameters(), 0.1), model)
+    assert not model._forward_hooks and not model._forward_pre_hooks

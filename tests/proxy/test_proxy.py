@@ -162,3 +162,57 @@ def test_train_and_eval_reach_a_base_that_has_them() -> None:
     proxy.train()
     assert base.mode == "train"
     OptimizerProxy(torch.optim.SGD(mlp().parameters(), lr=0.1)).train()  # nothing to reach
+
+
+class WithMore(torch.optim.AdamW):
+    """Has an attribute, as Prodigy, and methods, as SAM; and private ones, as frameworks leave."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self.d, self._opt_called, self.steps_made = 1e-6, "of the base", 0
+
+    def first_step(self, zero_grad: bool = False) -> str:
+        self.steps_made += 1
+        return f"{self.d:g} {zero_grad}"
+
+    @property
+    def broken(self) -> float:
+        return self.nowhere  # type: ignore[attr-defined, no-any-return]
+
+
+def test_what_only_the_base_has_is_reached() -> None:
+    base = built(WithMore, {})[1]
+    proxy = OptimizerProxy(base)
+    base.d = 0.25
+    assert proxy.d == 0.25 and proxy.first_step(zero_grad=True) == "0.25 True" and base.steps_made == 1
+    assert not hasattr(proxy, "nothing") and not hasattr(proxy, "broken")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = proxy.nothing
+    proxy.d = 3.0  # setting stays on the wrapper
+    assert base.d == 0.25 and proxy.d == 3.0
+
+
+def test_private_names_stay_apart() -> None:
+    model, base = built(WithMore, {})
+    proxy = OptimizerProxy(base)
+    assert not hasattr(proxy, "_opt_called") and not hasattr(proxy, "__nothing__")
+    base.grad_scale = base.found_inf = torch.ones(())  # lent by another
+    assert not hasattr(proxy, "grad_scale") and not hasattr(proxy, "found_inf")
+    del base.grad_scale, base.found_inf
+    unmade = OptimizerProxy.__new__(OptimizerProxy)  # as copy and pickle see it
+    for name in ("base", "d", "__deepcopy__"):
+        with pytest.raises(AttributeError):
+            getattr(unmade, name)
+    for twin in (copy.copy(proxy), copy.deepcopy(proxy), pickle.loads(pickle.dumps(proxy))):
+        twin.base.d = 2.0  # torch's copies leave it out
+        assert twin.d == 2.0
+        trained(model, twin, range(1))
+
+
+def test_a_scheduler_takes_a_base_with_more_for_an_optimizer() -> None:
+    model, base = built(WithMore, {})
+    proxy = OptimizerProxy(base)
+    schedule = StepLR(proxy, 2)
+    trained(model, proxy, range(1))
+    schedule.step()
+    assert base._opt_called == "of the base" and proxy._opt_called is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -171,3 +172,55 @@ def test_an_exact_product_that_the_model_does_not_have(source: str, hvp: str) ->
     assert_same(weights(model), weights(twin))
     if source == "backward":
         assert "opt.step(closure)" in opt.meter.last.reason
+
+
+class Unspeakable(RuntimeError):
+    """Raises again when it is to be put in words."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("error", [Unspeakable(), KeyError(Unspeakable())], ids=["str", "repr"])
+@pytest.mark.parametrize("allowed", [1, 2, 3])
+def test_an_error_that_cannot_be_put_in_words_does_not_stop_training(error: Exception, allowed: int) -> None:
+    model = FailsInProbes(error, allowed)
+    opt = AdaptiveWarmup(torch.optim.AdamW(model.parameters(), 0.01), model, every=1, hvp="finite_difference")
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        for step in range(3):
+            model.seen = 0
+            opt.step(closure_for(opt, model, batch_of(step)))
+    assert opt.meter.last is not None and opt.metrics["step"] == 3
+    said = opt.sources.verdict.why_not if allowed == 1 else opt.meter.last.reason
+    assert f"{type(error).__name__}: (its own words raise ValueError)" in said
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_warnings_that_are_errors_are_logged_and_do_not_stop_training(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FailsInProbes(ERRORS[name], 2)
+    opt = monitor(model, hvp="finite_difference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            model.seen = 0
+            opt.step(closure_for(opt, model, batch_of(step)))
+    assert opt.metrics["step"] == 3
+    said = [record for record in caplog.records if "learning rate is held" in record.getMessage()]
+    assert len(said) == 1 and said[0].levelname == "WARNING"
+
+
+def test_a_warning_that_is_an_error_before_the_first_batch_is_observed(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(sgd(model), model, loss_fn=loss_fn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(12):
+            opt.zero_grad()
+            loss_fn(model, batch_of(step)).backward()
+            opt.step()
+    assert "observe(batch)" in caplog.text

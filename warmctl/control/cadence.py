@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from warmctl.state import FloatState
+from warmctl.state import COUNT, POSITIVE, Allowed, FloatState, saved
 
 GAP_NEAR, GAP_FAR, GAP_MOST = 0.25, 1.0, 50.0
 """Steps between probes over the age of the run, at the target and a decade below it, and the most in warmup."""
@@ -26,6 +26,8 @@ MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 BURST, RESERVE = 20.0, 6.0
 """Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
+LARGEST_LOG = 750.0
+"""No float has a logarithm of a larger size."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
 """Part of the budget, and factor on the gaps, once warmup has ended."""
 
@@ -34,16 +36,16 @@ GUARD_SHARE, GUARD_GAP = 0.2, 10.0
 class CadenceState(FloatState):
     """All that the cadence remembers."""
 
-    tokens: float = BURST
-    age: float = 0.0
-    last_probe: float = -1.0
-    gap: float = 1.0
-    surprise: float = 1.0
-    norm: float = math.nan
-    norm_spread: float = 0.2
-    loss: float = math.nan
-    loss_spread: float = 0.0
-    lowest_loss: float = math.inf
+    tokens: float = saved(BURST, Allowed())
+    age: float = saved(0.0, COUNT)
+    last_probe: float = saved(-1.0, Allowed(-1.0, COUNT.high, whole=True))
+    gap: float = saved(1.0, Allowed(1.0, GAP_MOST))
+    surprise: float = saved(1.0, Allowed(1.0))
+    norm: float = saved(math.nan, Allowed(-LARGEST_LOG, LARGEST_LOG, unknown=True))
+    norm_spread: float = saved(0.2, POSITIVE)
+    loss: float = saved(math.nan, Allowed(unknown=True))
+    loss_spread: float = saved(0.0, POSITIVE)
+    lowest_loss: float = saved(math.inf, Allowed(high=math.inf))
 
 
 class Cadence:
@@ -121,7 +123,7 @@ class Cadence:
                 s.norm = log_norm
             if log_norm - s.norm > NORM_EVENT * max(s.norm_spread, NORM_SPREAD):
                 events.append("gradient norm")
-                s.surprise = math.exp(log_norm - s.norm)
+                s.surprise = math.exp(min(log_norm - s.norm, 700.0))
             s.norm, s.norm_spread = _follow(s.norm, s.norm_spread, log_norm)
         if math.isfinite(loss):
             if math.isnan(s.loss):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from warmctl.state import FloatState
+from warmctl.state import COUNT, FLAG, POSITIVE, SHARE, Allowed, FloatState, saved
 
 FLOOR = 1e-4
 """Smallest scale: a loop must not feed itself down to a standstill."""
@@ -51,6 +51,7 @@ PATIENT_STEPS = 1000
 """Steps after which warmup ends without a single successful probe, at the scale `UNMEASURED`."""
 RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
+
 
 PHASES = ("warmup", "guard", "done")
 
@@ -101,22 +102,22 @@ class Decision:
 class ControllerState(FloatState):
     """All that the controller remembers."""
 
-    phase: float = 0.0
-    scale: float = UNMEASURED
-    forecast: float = math.nan
-    share: float = 1.0
-    tolerant: float = 0.0
-    relative_update: float = 0.0
-    probed_scale: float = 0.0
-    shortening: float = 1.0
-    age: float = 0.0
-    readings: float = 0.0
-    probes: float = 0.0
-    highest: float = 0.0
-    highest_scale: float = 0.0
-    highest_age: float = 0.0
-    highest_probes: float = 0.0
-    settled: float = math.inf
+    phase: float = saved(0.0, Allowed(among=(0.0, 1.0, 2.0)))
+    scale: float = saved(UNMEASURED, Allowed(FLOOR, 1.0))
+    forecast: float = saved(math.nan, Allowed(0.0, unknown=True))
+    share: float = saved(1.0, SHARE)
+    tolerant: float = saved(0.0, FLAG)
+    relative_update: float = saved(0.0, Allowed(0.0, math.inf))
+    probed_scale: float = saved(0.0, Allowed(0.0, 1.0))
+    shortening: float = saved(1.0, Allowed(SHORTEST, 1.0))
+    age: float = saved(0.0, COUNT)
+    readings: float = saved(0.0, COUNT)
+    probes: float = saved(0.0, COUNT)
+    highest: float = saved(0.0, POSITIVE)
+    highest_scale: float = saved(0.0, Allowed(0.0, 1.0))
+    highest_age: float = saved(0.0, COUNT)
+    highest_probes: float = saved(0.0, COUNT)
+    settled: float = saved(math.inf, Allowed(FLOOR, math.inf))
 
 
 class Controller:

@@ -21,6 +21,7 @@ from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.scaler import SCALED
 from warmctl.loss.source import CLOSE, EXACT, NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.state import FLAG, check
 from warmctl.vectors import Vector, add_, dense_gradient, wide
 
 NOT_CAPTURED = (
@@ -236,6 +237,9 @@ class CapturedSource:
 
     def state_values(self) -> list[float]:
         return self.capture.state_values()
+
+    def check_state_values(self, values: list[float]) -> None:
+        check(values, {"enabled": FLAG, "trained_on": FLAG, "scaled": FLAG})
 
     def load_state_values(self, values: list[float]) -> None:
         self.capture.load_state_values(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from warmctl.loss.scaler import loss_scale
+from warmctl.state import FLAG, LARGEST_COUNT, Allowed, check
 
 
 class LiveGraph:
@@ -37,6 +38,9 @@ class LiveGraph:
 
     def state_values(self) -> list[float]:
         return [float(self.wanted), float(self.passes_before)]
+
+    def check_state_values(self, values: list[float]) -> None:
+        check(values, {"wanted": FLAG, "passes_before": Allowed(1.0, LARGEST_COUNT, whole=True)})
 
     def load_state_values(self, values: list[float]) -> None:
         self.wanted, self.passes_before = bool(values[0]), int(values[1])

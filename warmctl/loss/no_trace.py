@@ -24,7 +24,7 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     """Put back `.grad`, buffers, random streams, train/eval mode and the autograd mode on leaving.
 
     Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set
-    aside.
+    aside. Buffers that are registered inside go again.
     """
     global _open
     random_state = RandomState({p.device for p in params})
@@ -34,7 +34,8 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     shared = [(g, g.clone()) for g in grads if g is not None and g._is_view()]  # DDP reuses its buckets
     modules = list(module.modules()) if module is not None else []
     modes = [m.training for m in modules]
-    buffers = [(m, name, b, b.data.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    registered = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
+    buffers = [(b, b.data.clone()) for _, named, _ in registered for b in named.values() if b is not None]
     try:
         _open += 1
         for p in held:
@@ -50,9 +51,16 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
         for m, mode in zip(modules, modes, strict=True):
             if m.training != mode:
                 m.training = mode
-        for m, name, buffer, value in buffers:
+        for buffer, value in buffers:
             buffer.data.copy_(value)  # .data: no new version, a graph of the caller's that saved it stays valid
-            m._buffers[name] = buffer
+        for m, named, not_persistent in registered:
+            if not m._buffers and not named:
+                continue
+            for name in m._buffers.keys() - named.keys():
+                del m._buffers[name]
+            m._buffers.update(named)
+            m._non_persistent_buffers_set.intersection_update(not_persistent)
+            m._non_persistent_buffers_set.update(not_persistent)
         random_state.restore()
 
 

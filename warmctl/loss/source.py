@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from warmctl import distributed
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Closure, Replay
+from warmctl.state import Allowed, check
 from warmctl.vectors import Vector
 
 EXACT, CLOSE, NEVER, UNTRIED = 1.0, 0.5, 0.0, -1.0
@@ -63,6 +64,9 @@ class Verdict:
 
     def state_values(self) -> list[float]:
         return [self.repeats]
+
+    def check_state_values(self, values: list[float]) -> None:
+        check(values, {"repeats": Allowed(among=(UNTRIED, NEVER, CLOSE, EXACT))})
 
     def load_state_values(self, values: list[float]) -> None:
         (self.repeats,) = values

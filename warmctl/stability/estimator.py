@@ -38,6 +38,8 @@ INCOHERENT = 0.2
 """Weight of a relative update without momentum: successive ones point apart. Chosen by trial, not derived."""
 LARGEST_SLACK = 100.0
 """Most by which the edge of a self-limiting rule is taken to be beyond its eigenvalue's."""
+LONGEST = 2.0
+"""Most that a saved eigenvector, of length 1 before it was rounded to another type, may have."""
 Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
 
@@ -165,13 +167,19 @@ class SharpnessEstimator:
         return self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0), math.nan
 
     def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-        """Continue from a saved eigenvector; a gap is zero, and zeros alone mean that there was none."""
+        """Continue from a saved eigenvector; a gap is zero, and zeros alone mean that there was none.
+
+        Raises: ValueError for one that is not finite, or longer than a unit vector. Nothing is changed then.
+        """
         saved = [*vector, *[None] * (len(params) - len(vector))]
         parts = [
             torch.zeros_like(local(p.detach())) if v is None else local(v).to(local(p), copy=True)
             for v, p in zip(saved, params, strict=True)
         ]
-        self.vector = parts if distributed.inner_product(params)(parts, parts) > 0.0 else None
+        square = distributed.inner_product(params)(parts, parts)
+        if not square <= LONGEST**2:
+            raise ValueError(f"warmctl_vector has squared length {square:g} in the checkpoint, it must be 1")
+        self.vector = parts if square > 0.0 else None
 
     def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:
         """D^½ (zero where the coming step moves nothing), coupled weight decay per tensor, and the sign of H."""

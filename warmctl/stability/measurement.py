@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from warmctl import distributed
+from warmctl.state import ANYTHING, COUNT, FLAG, POSITIVE, SHARE, Allowed, check
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Measurement:
         there, *numbers = values
         found = failed("it failed before the run was resumed")._with(numbers)
         return None if not there else replace(found, reason="") if math.isfinite(found.ratio) else found
+
+    @staticmethod
+    def check_values(values: Sequence[float], prefix: str) -> None:
+        """Raise ValueError unless `values` may have given these; the fields are named with `prefix`."""
+        there, *numbers = values
+        allowed = dict.fromkeys(_NUMBERS, Allowed(among=(0.0,)))
+        if there:
+            allowed = dict.fromkeys(_NUMBERS, ANYTHING) | {"hvps": COUNT, "cost": POSITIVE, "noisy": FLAG}
+        if there and math.isfinite(numbers[0]):
+            allowed |= {"share": SHARE, "relative_update": Allowed(0.0, math.inf)}
+        check(values, {f"{prefix}there": FLAG} | {prefix + name: wanted for name, wanted in allowed.items()})
 
     def _with(self, numbers: Sequence[float]) -> Measurement:
         named: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))

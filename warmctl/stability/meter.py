@@ -6,6 +6,7 @@ Which of the three depends on the optimizer and on the loop; the meter keeps cou
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
 from warmctl.stability.probe import Prober, RealisedUpdate
 from warmctl.stability.update_rules import update_rule
-from warmctl.state import Counts
+from warmctl.state import Allowed, Counts, check
 from warmctl.vectors import locals_of
 from warmctl.warning import warn
 
@@ -186,6 +187,15 @@ class Meter:
     def state_values(self) -> list[float]:
         method = float(METHODS.index(self.estimator.method))
         return [method, self._rate, *Measurement.values(self.last), *Measurement.values(self._along_last_update)]
+
+    def check_state_values(self, values: list[float]) -> None:
+        method, rate, *numbers = values
+        methods = Allowed(among=tuple(float(index) for index in range(len(METHODS))))
+        half = len(numbers) // 2
+        rates = Allowed(sys.float_info.min, unknown=not numbers[half])  # a reading along an update has the rate of it
+        check([method, rate], {"method": methods, "rate": rates})
+        Measurement.check_values(numbers[:half], "last_")
+        Measurement.check_values(numbers[half:], "along_last_update_")
 
     def load_state_values(self, values: list[float]) -> None:
         method, self._rate, *values = values

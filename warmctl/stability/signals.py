@@ -11,6 +11,7 @@ from torch import Tensor
 
 from warmctl import distributed
 from warmctl.stability.end_slope import EndSlope
+from warmctl.state import ANYTHING, COUNT, FLAG, Allowed, check
 from warmctl.vectors import local, squares
 
 UNKNOWN = (math.nan,) * 4
@@ -110,6 +111,11 @@ class StepSignals:
 
     def state_values(self) -> list[float]:
         return [*self.delayed, float(not self._nothing_sent), float(self.slope.followed)]
+
+    def check_state_values(self, values: list[float]) -> None:
+        square = Allowed(0.0, math.inf, unknown=True)
+        awaited = {"loss": ANYTHING, "square": square, "along": ANYTHING, "length": square}
+        check(values, {**awaited, "sent": FLAG, "followed": COUNT})
 
     def load_state_values(self, values: list[float]) -> None:
         *awaited, sent, followed = values
