@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
+from warmctl.loss.backward import run_backward
 from warmctl.loss.marks import GradientWatch
 from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
@@ -110,7 +111,7 @@ class ModelCapture:
                 loss = find_loss(self.model(*args, **kwargs))
             if loss is None:
                 raise RuntimeError("the model returned no loss when its forward was repeated")
-            loss.backward(torch.full_like(loss, weight))  # type: ignore[no-untyped-call]
+            run_backward(loss, torch.full_like(loss, weight))
             return loss
 
         return closure
@@ -122,7 +123,7 @@ class ModelCapture:
         return 1.0 if self.scaled else total
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.enabled or measuring() or not torch.is_grad_enabled():
+        if not self.enabled or not torch.is_grad_enabled() or measuring(self.model.parameters()):
             return
         devices = list(dict.fromkeys(p.device for p in self.model.parameters()))
         autocast = [
@@ -144,8 +145,8 @@ class ModelCapture:
             loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
-        if self.enabled and not measuring():
-            params = list(self.model.parameters())
+        params = list(self.model.parameters())
+        if self.enabled and not measuring(params):
             if self.weights and not distributed.is_sharded(params) and all(p.grad is None for p in params):
                 self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
             self._call, self.random_state, self.loss = call, state, loss
@@ -185,7 +186,7 @@ class CapturedSource:
         if closure is None:
             return None
         present = [dense_gradient(p) for p in params] if self.watch.untouched else None
-        replay = replays.of(closure, params, self.capture.random_state)
+        replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = len(self.capture.weights) == 1
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
         alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -105,13 +106,14 @@ class ClosureRun:
 
     def evaluate(self) -> Any:
         """The closure's loss, which is also kept. Raises TypeError, ValueError or RuntimeError as `check_returned`."""
-        before = Marks(self.params)
-        self.watch.marking = False  # done here, behind each pass
-        try:
-            with torch.enable_grad(), intercept_backward(self._intercepted):
-                loss = self.closure()
-        finally:
-            self.watch.marking = True
+        before, marks = Marks(self.params), self.watch.marks
+        # Only where a pass has to be seen before it starts, or later than the watch sees it end. Elsewhere the closure
+        # runs under no mode of ours, which would take its time and have a compiled model compiled again.
+        intercepting = self.backward is not None or self.watch.holding or distributed.world_size() > 1
+        with torch.enable_grad(), intercept_backward(self._intercepted) if intercepting else nullcontext():
+            loss = self.closure()
+        if not intercepting and self.watch.marks is not marks:
+            self._left = self.watch.marks
         has_gradient = any(p.grad is not None for p in self.params)
         check_returned(loss, has_gradient, self._left is not None or not before.hold())
         if loss is not None:

@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from warmctl.loss.backward import as_list, check_loss, graph_nodes, intercept_backward, twice_differentiable
+from warmctl.loss.backward import (
+    as_list,
+    check_loss,
+    graph_nodes,
+    intercept_backward,
+    run_backward,
+    twice_differentiable,
+)
 from warmctl.loss.no_trace import no_trace, set_aside
 from warmctl.loss.random_state import RandomState
 from warmctl.vectors import Vector, add_, dot, local
@@ -63,6 +70,7 @@ class Replay:
         module: whose buffers and modes are put back after every evaluation.
         random_state: the streams at the start of the evaluation to repeat; the present ones if omitted.
         reduce: called on a finished gradient, in place; averages over ranks where the closure does not.
+        own: the closure asks for its backward passes by `run_backward`.
 
     Attributes:
         precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that
@@ -79,12 +87,13 @@ class Replay:
         module: nn.Module | None = None,
         random_state: RandomState | None = None,
         reduce: Callable[[Vector], None] | None = None,
+        own: bool = False,
     ) -> None:
         self.closure = closure
         self.params = list(params)
         self.module = module
         self.random_state = random_state or RandomState({p.device for p in params})
-        self.reduce = reduce
+        self.reduce, self.own = reduce, own
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
         self._needs_grads = self._intercepted = False
@@ -96,10 +105,10 @@ class Replay:
         def closure() -> Tensor:
             value = loss()
             check_loss(value)
-            value.backward()  # type: ignore[no-untyped-call]
+            run_backward(value)
             return value
 
-        return cls(closure, params, **kwargs)
+        return cls(closure, params, own=True, **kwargs)
 
     @property
     def inspected(self) -> bool:
@@ -203,9 +212,12 @@ class Replay:
         self._intercepted = False
         torch.clear_autocast_cache()
         try:
-            with intercept_backward(handle):
+            with intercept_backward(handle, self.own):
                 self.random_state.restore()
-                return self.closure()
+                loss = self.closure()
+            if not self._intercepted and any(p.grad is not None for p in self.params):  # it was not seen: too late
+                on_backward(lambda *args, **kwargs: None, [])
+            return loss
         finally:
             torch.clear_autocast_cache()
 

@@ -78,9 +78,11 @@ class Replays:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.spent = model, 0
 
-    def of(self, closure: Closure, params: list[Tensor], random_state: RandomState | None) -> Replay:
+    def of(self, closure: Closure, params: list[Tensor], random_state: RandomState | None, own: bool = False) -> Replay:
+        """Args: own: the closure asks for its backward pass by `run_backward`."""
+
         def counted() -> Any:
             self.spent += 1
             return closure()
 
-        return Replay(counted, params, self.model, random_state, distributed.averager(params))
+        return Replay(counted, params, self.model, random_state, distributed.averager(params), own)
