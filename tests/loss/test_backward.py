@@ -165,18 +165,3 @@ def test_only_the_outermost_backward_is_intercepted() -> None:
     assert len(seen) == 1
     assert w.grad.item() == 12.0
     assert torch.autograd.backward is original
-
-
-def test_a_pass_that_cannot_be_seen_leaves_its_gradient_all_the_same() -> None:
-    """As where torch is too old to show `torch.autograd.backward(...)` called by name to a torch function mode."""
-    w = nn.Parameter(torch.tensor([3.0, 1.0]))
-
-    def closure() -> Tensor:
-        loss = w.square().sum()
-        with torch._C.DisableTorchFunction():
-            torch.autograd.backward(loss)
-        return loss
-
-    loss, gradient = Replay(closure, [w]).gradient()
-    assert loss == 10.0 and gradient[0].tolist() == [6.0, 2.0]
-    assert w.grad is None

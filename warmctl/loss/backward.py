@@ -68,8 +68,8 @@ def intercept_backward(handler: Callable[..., None], own: bool = False) -> Itera
 
     Args:
         own: the code of the block asks for its passes by `run_backward`. It needs no torch function mode then, under
-            which a compiled model is compiled once more. Before torch 2.13 such a mode does not see
-            `torch.autograd.backward(...)` called by name; it has always seen `loss.backward()`.
+            which a compiled model is compiled once more. Some older torch does not show such a mode
+            `torch.autograd.backward(...)` called by name; `loss.backward()` is always seen.
     """
     before = getattr(_handlers, "current", None)
     _handlers.current = handler

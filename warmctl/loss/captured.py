@@ -21,7 +21,7 @@ from warmctl.loss.marks import GradientWatch
 from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.scaler import SCALED
-from warmctl.loss.source import CLOSE, EXACT, NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.loss.source import CLOSE, EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.vectors import Vector, add_, dense_gradient, wide
 
 NOT_CAPTURED = (
@@ -196,7 +196,9 @@ class CapturedSource:
         inner = distributed.inner_product(params)
         step = [dense_gradient(p) for p in params]
         reach, size = inner(step, gradient), inner(gradient, gradient)  # ⟨step, ∇L⟩ and ‖∇L‖²
-        if single and self.verdict.repeats == UNTRIED:
+        if not math.isfinite(size):
+            raise ArithmeticError("the gradient of the model's own loss is not finite")
+        if single and self.verdict.untried:
             weight = self.capture.weight()
             if weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK:
                 self.capture.scaled = True

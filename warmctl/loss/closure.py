@@ -18,13 +18,19 @@ from warmctl.loss.backward import intercept_backward
 from warmctl.loss.marks import GradientWatch, Marks
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Closure, NotReplayable
-from warmctl.loss.source import NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.loss.source import EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.vectors import dense_gradient
 from warmctl.warning import first_line
 
 NOT_REPLAYABLE = (
     "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn "
     "and call opt.observe(batch) before opt.step()."
+)
+
+ON_ANOTHER_RANK = "the closure could not be repeated on another rank"
+CHECK_FAILED = (
+    "the closure failed when it was evaluated again: {error}. The next probe tries again. If it goes on: draw the "
+    "batch outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before opt.step()."
 )
 
 
@@ -52,9 +58,9 @@ class ClosureSource:
             return None
         gradient = [dense_gradient(p) for p in params] if run.untouched else None
         weight = run.weight
-        if self.verdict.repeats == UNTRIED:
+        if self.verdict.untried:
             self._check(run, gradient, params, replays)
-        if self.verdict.repeats == NEVER:
+        if self.verdict.untried or self.verdict.repeats == NEVER:
             return None
         return StepLoss(replays.of(run.closure, params, run.random_state), gradient, weight)
 
@@ -65,17 +71,23 @@ class ClosureSource:
             raise ArithmeticError("the loss is not finite")
         if gradient is not None and not math.isfinite(distributed.inner_product(params)(gradient, gradient)):
             raise ArithmeticError("the gradient is not finite")
-        agreed = 1.0
+        differs, why_not = [0.0, 0.0], ""
         try:
             replays.of(run.closure, params, run.random_state).verify(loss, gradient)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except NotReplayable as error:
-            agreed, self.verdict.why_not = 0.0, NOT_REPLAYABLE.format(error=error)
+            differs, why_not = [1.0, 0.0], NOT_REPLAYABLE.format(error=error)
         except Exception as error:
-            failure = f"evaluating it again failed: {first_line(error)}"
-            agreed, self.verdict.why_not = 0.0, NOT_REPLAYABLE.format(error=failure)
-        self.verdict.repeats = float(distributed.agree([agreed], params[0].device)[0] == 1.0)
+            differs, why_not = [0.0, 1.0], CHECK_FAILED.format(error=first_line(error))
+        never, failed = distributed.agree(differs, params[0].device)
+        why_not = why_not or ON_ANOTHER_RANK
+        if never:
+            self.verdict.repeats, self.verdict.why_not = NEVER, why_not
+        elif failed:
+            self.verdict.fail(why_not)
+        else:
+            self.verdict.repeats = EXACT
 
 
 class ClosureRun:

@@ -170,13 +170,15 @@ class Replay:
         return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
 
     def verify(self, loss: float, gradient: Vector | None) -> None:
-        """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known.
-        Cost: 1.
+        """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known;
+        ArithmeticError if it is not finite, which says nothing about repeating it. Cost: 1.
 
         The tolerances (1e-3, of a gradient at least four roundings) allow for kernels that do not add in a fixed order,
         not for another batch.
         """
         again, repeated = self.gradient()
+        if not math.isfinite(again) or not math.isfinite(dot(repeated, repeated)):
+            raise ArithmeticError("the loss or its gradient was not finite")
         same = abs(again - loss) <= 1e-3 * max(abs(loss), 1e-3)
         if gradient is not None:
             size = dot(gradient, gradient)
@@ -214,10 +216,7 @@ class Replay:
         try:
             with intercept_backward(handle, self.own):
                 self.random_state.restore()
-                loss = self.closure()
-            if not self._intercepted and any(p.grad is not None for p in self.params):  # it was not seen: too late
-                on_backward(lambda *args, **kwargs: None, [])
-            return loss
+                return self.closure()
         finally:
             torch.clear_autocast_cache()
 

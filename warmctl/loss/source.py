@@ -14,7 +14,13 @@ from warmctl.vectors import Vector
 
 EXACT, CLOSE, NEVER, UNTRIED = 1.0, 0.5, 0.0, -1.0
 """How a repeated gradient compares with that of the step: the same; the same but for clipping or a small term; not
-at all, and then the loss cannot be evaluated again; or not known before the first probe."""
+at all, and then the loss cannot be evaluated again; or not known before the first probe. Below that: each time that the
+comparison failed for another reason, which may pass, up to `TRIES` times."""
+TRIES = 3
+NOT_SAME = (
+    "before this run was resumed, evaluating the loss again did not give the same. Call opt.step(closure) with a batch "
+    "that is drawn outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before opt.step()."
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,27 @@ class Verdict:
     repeats: float = UNTRIED
     why_not: str = "there is no loss that can be evaluated again"
 
+    @property
+    def untried(self) -> bool:
+        """Whether the gradients have not been compared yet."""
+        return self.repeats <= UNTRIED
+
+    @property
+    def failures(self) -> float:
+        """How often the comparison failed."""
+        return max(UNTRIED - self.repeats, 0.0)
+
+    def fail(self, why: str) -> None:
+        """The comparison failed, for a reason that may pass: it is made again at the next probe."""
+        self.repeats, self.why_not = UNTRIED - min(self.failures + 1, TRIES), why
+
     def state_values(self) -> list[float]:
         return [self.repeats]
 
     def load_state_values(self, values: list[float]) -> None:
         (self.repeats,) = values
+        if self.repeats == NEVER:
+            self.why_not = NOT_SAME
 
 
 class Replays:

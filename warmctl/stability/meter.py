@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warmctl.curvature.operators import METHODS
-from warmctl.loss.source import NEVER
+from warmctl.loss.source import NEVER, TRIES
 from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
@@ -135,11 +135,15 @@ class Meter:
 
     def _probe(self, params: list[Tensor]) -> Measurement | None:
         """Now, if a loss can be evaluated again; else a word to measure on the next step's graph."""
-        if self.sources.ready:
-            return self.prober.probe(params, self._probe_seed())
-        graph = self.sources.graph
-        if graph.passes == 0 and self.sources.verdict.repeats == NEVER:
-            return failed(self.sources.verdict.why_not)
+        graph, verdict = self.sources.graph, self.sources.verdict
+        # A loss that failed more than once when it was evaluated again is left to its graph, where that works.
+        given_up = verdict.failures >= TRIES and self.last is not None and not self.last.reason
+        if self.sources.ready and not (given_up and graph.passes):
+            found = self.prober.probe(params, self._probe_seed())
+            graph.wanted = graph.wanted or verdict.failures > 0
+            return found
+        if graph.passes == 0 and verdict.repeats == NEVER:
+            return failed(verdict.why_not)
         if graph.passes == 0:
             self.sources.missing(self.counts.steps, self.counts.probes)
         graph.wanted = graph.wanted or graph.passes > 0

@@ -102,10 +102,11 @@ class Prober:
                     if gradient is not None:
                         p.grad = gradient if p.grad is None else gradient + p.grad / scale
                 return self.estimator.measure_on(operator, seed)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return failed(first_line(error))
         except Exception as error:
-            return failed(
-                f"{first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead"
-            )
+            instead = self.sources.verdict.why_not if self.sources.in_closure else "use opt.step(closure) instead"
+            return failed(f"{first_line(error)}. This model cannot be differentiated twice: {instead}")
         finally:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
