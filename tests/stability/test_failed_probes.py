@@ -112,6 +112,52 @@ def test_a_first_check_that_fails_for_a_passing_cause_is_made_again(cause: str, 
     assert opt.metrics["scale"] > 0.01
 
 
+@pytest.mark.parametrize("source", ["closure", "captured"])
+@pytest.mark.parametrize("factor", [0.0, 0.1, 30.0])
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_probe_that_sees_another_loss_fails(source: str, factor: float, first: int) -> None:
+    """From the probe of this step on; it is one that would have let the rate rise."""
+    model = SeesAnotherLoss()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.5), model, every=1)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        out = model(batch_of(0))
+        out["loss"].backward()
+        return out["loss"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(6):
+            model.seen, model.factor = 0, factor if step >= first else 1.0
+            if source == "closure":
+                opt.step(closure)
+            else:
+                closure()
+                opt.step()
+            assert opt.meter.last is not None
+            assert bool(opt.meter.last.reason) == (step >= first)
+    assert "the probe saw a loss of" in opt.meter.last.reason  # type: ignore[union-attr]
+    assert opt.controller.state.readings == first
+
+
+def test_a_loss_next_to_nothing_may_change_by_as_much() -> None:
+    """Half a step of the finite difference from its minimum."""
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    opt = monitor(model)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = 0.5 * (model.weight - (1.0 - 5e-4)).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert opt.meter.last is not None and not opt.meter.last.reason
+    assert opt.metrics["sharpness"] == pytest.approx(1.0, rel=1e-2)
+
+
 def test_a_closure_that_fails_each_time_is_left_to_its_live_graph() -> None:
     model = FailsInProbes(ERRORS["key error"])
     opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, every=1)
@@ -223,6 +269,18 @@ class FailsForAWhile(NoSecondDerivative):
             loss = loss * float(self.cause)
         self.in_step = False
         return {"loss": loss} if self.returns_dict else loss
+
+
+class SeesAnotherLoss(nn.Module):
+    """In all evaluations after the first of a step, `factor` times the loss, with a gradient to match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.seen, self.factor = mlp(), 0, 1.0
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        self.seen += 1
+        return {"loss": loss_fn(self.body, batch) * (1.0 if self.seen == 1 else self.factor)}
 
 
 @pytest.mark.parametrize("source", ["closure", "backward"])

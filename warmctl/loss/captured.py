@@ -191,7 +191,7 @@ class CapturedSource:
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
         alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)
         if present is not None and single and alone and self.verdict.repeats == EXACT:
-            return StepLoss(replay, present)
+            return StepLoss(replay, present, value=self.capture.loss)
         gradient = replay.gradient()[1]
         inner = distributed.inner_product(params)
         step = [dense_gradient(p) for p in params]
@@ -209,7 +209,7 @@ class CapturedSource:
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
         # them than that one does; a sum does.
         summed = self.capture.scaled and reach > 1.05 * size
-        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0)
+        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0, self.capture.loss)
 
     def _compare(
         self,

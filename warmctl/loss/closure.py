@@ -62,7 +62,7 @@ class ClosureSource:
             self._check(run, gradient, params, replays)
         if self.verdict.untried or self.verdict.repeats == NEVER:
             return None
-        return StepLoss(replays.of(run.closure, params, run.random_state), gradient, weight)
+        return StepLoss(replays.of(run.closure, params, run.random_state), gradient, weight, run.loss)
 
     def _check(self, run: ClosureRun, gradient: list[Tensor] | None, params: list[Tensor], replays: Replays) -> None:
         """Evaluate it once more in place, on every rank, and agree on whether it gave the same."""

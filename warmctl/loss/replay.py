@@ -38,6 +38,11 @@ Closure = Callable[[], Any]
 NO_BACKWARD = "the closure did not call backward(): it must compute the loss, call loss.backward() and return it"
 
 
+FAR, REACH = 0.5, 1e-2
+"""Relative distance from the loss of the step at which one is looked at; and the length, relative to the parameters, of
+a step that could explain it, twice that of the longest of a finite difference."""
+
+
 class NotReplayable(RuntimeError):
     """A loss that gives another value or gradient when it is evaluated again at the same point."""
 
@@ -76,6 +81,9 @@ class Replay:
         precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that
             of the parameters, or of bfloat16 or float16 where autocast is on. Compiled code hides it.
 
+        expected: the loss of the step, and its gradient if that is known; a `gradient` that is farther from it than a
+            small step could lead raises ArithmeticError.
+
     While the closure runs, and after its backward, every `.grad` is None; or zero if it turns out that the
     closure cannot do without (clip_grad_value_, say), which costs one parameter-sized vector while it runs.
     """
@@ -94,6 +102,7 @@ class Replay:
         self.module = module
         self.random_state = random_state or RandomState({p.device for p in params})
         self.reduce, self.own = reduce, own
+        self.expected: tuple[float, Vector | None] | None = None
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
         self._needs_grads = self._intercepted = False
@@ -140,7 +149,19 @@ class Replay:
             raise ValueError(NO_BACKWARD)
         if self.reduce is not None:
             self.reduce(total)
-        return _as_float(loss), total
+        value = _as_float(loss)
+        if self.expected is not None:
+            self._compare(value, total, *self.expected)
+        return value, total
+
+    def _compare(self, loss: float, gradient: Vector, before: float, at_rest: Vector | None) -> None:
+        gap = abs(loss - before)
+        if not gap > FAR * abs(before):  # what is not finite is noticed elsewhere
+            return
+        shards = [local(p.detach()) for p in self.params]
+        slope = max(dot(g, g) for g in (gradient, at_rest) if g is not None)
+        if gap > REACH * math.sqrt(max(dot(shards, shards), 1.0) * slope):
+            raise ArithmeticError(f"the probe saw a loss of {loss:.6g}, the step one of {before:.6g}")
 
     def loss(self) -> Tensor:
         """The loss with its graph alive, by twice differentiable kernels. Cost: one forward pass."""

@@ -18,8 +18,8 @@ at all, and then the loss cannot be evaluated again; or not known before the fir
 comparison failed for another reason, which may pass, up to `TRIES` times."""
 TRIES = 3
 NOT_SAME = (
-    "before this run was resumed, evaluating the loss again did not give the same. Call opt.step(closure) with a batch "
-    "that is drawn outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before opt.step()."
+    "before this run was resumed, evaluating the loss again did not give the same. Call opt.step(closure) with "
+    "a batch drawn outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before step."
 )
 
 
@@ -30,12 +30,14 @@ class StepLoss:
     Attributes:
         replay: evaluates it again.
         gradient: at the present parameters, if it is at hand: that saves the probe one evaluation.
+        value: of the loss, where the step's own is known.
         weight: how often it is in the gradient of the step: more than once where micro-batches are accumulated.
     """
 
     replay: Replay
     gradient: Vector | None = None
     weight: float = 1.0
+    value: Tensor | None = None
 
 
 class Source(Protocol):

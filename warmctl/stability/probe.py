@@ -74,6 +74,8 @@ class Prober:
             if loss is None:
                 return failed(self.sources.verdict.why_not)
             before = self._replays.spent
+            if loss.value is not None and distributed.world_size() == 1:  # a rank alone must not leave the others
+                loss.replay.expected = float(loss.value), loss.gradient
             found = self.estimator.measure(loss.replay, loss.gradient, seed)
             return replace(found.times(loss.weight), cost=found.cost + before)
 
