@@ -30,6 +30,22 @@ NO_RULE = (
     "or warmctl.register_update_rule"
 )
 
+SILENT_STEPS, SILENT_SCALE = 50, 0.1
+"""Steps in a row at which a probe was due and could not be made, after which that is said below this scale."""
+SILENT = (
+    "warmctl: no probe could be made in the last {steps} steps, and the learning rate stays at {scale:.2g} of the "
+    "schedule: {cause}"
+)
+NO_BACKWARD_IN_CLOSURE = (
+    "opt.step() gets a closure that calls no backward, as from Lightning's manual optimization. Call opt.step(closure) "
+    "with one that computes the loss, calls backward and returns it, or give AdaptiveWarmup a loss_fn and call "
+    "opt.observe(batch) on the wrapper before opt.step()"
+)
+NOT_AGAIN = (
+    "the loss of an earlier step was given to opt.backward(loss) or opt.step(closure), that of these steps was not. "
+    "Do so at every step"
+)
+
 
 class Meter:
     """Measures when asked to, and remembers what it found. A reading comes about in one of three ways:
@@ -70,6 +86,7 @@ class Meter:
         self._along_last_update: Measurement | None = None
         self._rate = math.nan  # of the last update measured along
         self._said: set[str] = set()
+        self._missed = 0  # steps in a row at which a probe was due, and nothing to measure on
 
     @property
     def tolerant(self) -> bool:
@@ -85,7 +102,9 @@ class Meter:
         """Of the next probe, in gradient evaluations."""
         return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
 
-    def read(self, due: str, params: list[Tensor], rate: float, each_step: bool) -> Measurement | None:
+    def read(
+        self, due: str, params: list[Tensor], rate: float, each_step: bool, scale: float = 1.0
+    ) -> Measurement | None:
         """The reading for the coming step, if there is one.
 
         Args:
@@ -93,11 +112,15 @@ class Meter:
             params: the trainable parameters, with the gradient of the step.
             rate: the largest scheduled rate.
             each_step: a probe is wanted at every step, though the last one is not known yet.
+            scale: of the last step.
 
         Raises: RuntimeError at the first probe if there is no loss to measure on.
         """
         if self._on_graph is not None:
             return self._booked(self._on_graph.times(self.sources.graph.passes), params)
+        self._missed += bool(due)
+        if self._missed >= SILENT_STEPS:
+            self._say_silent(scale)
         if self.sources.closure.run is not None and self.sources.closure.run.skipped:
             due = ""
         if self.rule is None:
@@ -165,6 +188,7 @@ class Meter:
     def _booked(self, found: Measurement, params: list[Tensor]) -> Measurement:
         """Agreed on by all ranks, counted, and said once for each kind of failure; the numbers are in the history."""
         found = self.last = found.agreed(params[0].device)
+        self._missed = 0
         self.counts.probes += 1
         self.counts.hvps += found.hvps
         self.counts.cost += found.cost
@@ -173,6 +197,19 @@ class Meter:
             self._said.add(kind)
             warn(f"warmctl: a probe failed, the learning rate is held: {found.reason}")
         return found
+
+    def _say_silent(self, scale: float) -> None:
+        """Once, and not where `Sources.missing` has said it."""
+        if scale < SILENT_SCALE and "silent" not in self._said:
+            run = self.sources.closure.run
+            if run is not None and run.skipped:
+                cause = NO_BACKWARD_IN_CLOSURE
+            elif self.counts.probes:
+                cause = NOT_AGAIN
+            else:
+                return
+            self._said.add("silent")
+            warn(SILENT.format(steps=SILENT_STEPS, scale=scale, cause=cause))
 
     def _probe_seed(self) -> int:
         return self.seed + int(self.counts.probes)
