@@ -177,7 +177,7 @@ class AdaptiveWarmup(OptimizerProxy):
         guarding = self.phase != "warmup" and not self.controller.rising(rate)  # a new high is probed as in warmup
         # Why to probe, or "". It also takes loss and norm into the averages that `losing` and `surprise` compare with.
         due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
-        found = self.meter.read(due, params, rate, self.cadence.every == 1) if finite else None
+        found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         before = self.phase
         decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)

@@ -55,10 +55,11 @@ def test_a_probe_that_fails_leaves_training_as_it_was(name: str, allowed: int, c
             opt.step(closure)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
     assert opt.meter.last is not None
-    if allowed == 1 and name != "out of memory":  # taken for one that cannot be repeated
-        assert opt.sources.verdict.repeats == 0.0 and opt.meter.last.ratio > 0
+    assert opt.meter.last.reason and math.isnan(opt.meter.last.ratio)
+    if allowed == 1 and name != "out of memory":
+        assert opt.sources.verdict.failures == 2  # and in between it was measured on its live graph
+        assert opt.controller.state.readings == 1
     else:
-        assert opt.meter.last.reason and math.isnan(opt.meter.last.ratio)
         assert opt.metrics["scale"] == scale
     assert float(model.calls) == 3  # one a step
     assert opt.param_groups[0]["lr"] == 0.01
@@ -75,6 +76,111 @@ def test_memory_that_is_short_only_once_is_tried_again() -> None:
     model.allowed = 1000
     opt.step(closure_for(opt, model, batch_of(1)))
     assert opt.meter.last is not None and not opt.meter.last.reason and opt.sources.verdict.repeats == 1.0
+
+
+@pytest.mark.parametrize("cause", ["exception", "inf", "nan"])
+@pytest.mark.parametrize("source", ["closure", "captured"])
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_first_check_that_fails_for_a_passing_cause_is_made_again(cause: str, source: str, bad: int) -> None:
+    """On a model without a second derivative, so that no live graph helps."""
+    model = FailsForAWhile(cause, source == "captured", bad)
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, every=1, hvp="finite_difference")
+    reasons = []
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        out = model(*batch_of(0))
+        loss = out["loss"] if source == "captured" else out
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2 * bad + 2):
+            model.in_step = True
+            if source == "captured":
+                closure()
+                model.in_step = False
+                opt.step()
+            else:
+                opt.step(closure)
+            assert opt.meter.last is not None
+            reasons.append(opt.meter.last.reason)
+    assert model.failed == bad
+    assert all("not finite" in r or "passing" in r or "twice" in r for r in reasons if r)
+    assert reasons[-1] == "" and opt.sources.verdict.repeats == 1.0
+    assert opt.metrics["scale"] > 0.01
+
+
+@pytest.mark.parametrize("source", ["closure", "captured"])
+@pytest.mark.parametrize("factor", [0.0, 0.1, 30.0])
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_probe_that_sees_another_loss_fails(source: str, factor: float, first: int) -> None:
+    """From the probe of this step on; it is one that would have let the rate rise."""
+    model = SeesAnotherLoss()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.5), model, every=1)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        out = model(batch_of(0))
+        out["loss"].backward()
+        return out["loss"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(6):
+            model.seen, model.factor = 0, factor if step >= first else 1.0
+            if source == "closure":
+                opt.step(closure)
+            else:
+                closure()
+                opt.step()
+            assert opt.meter.last is not None
+            assert bool(opt.meter.last.reason) == (step >= first)
+    assert "the probe saw a loss of" in opt.meter.last.reason  # type: ignore[union-attr]
+    assert opt.controller.state.readings == first
+
+
+def test_a_loss_next_to_nothing_may_change_by_as_much() -> None:
+    """Half a step of the finite difference from its minimum."""
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    opt = monitor(model)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = 0.5 * (model.weight - (1.0 - 5e-4)).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert opt.meter.last is not None and not opt.meter.last.reason
+    assert opt.metrics["sharpness"] == pytest.approx(1.0, rel=1e-2)
+
+
+def test_a_closure_that_fails_each_time_is_left_to_its_live_graph() -> None:
+    model = FailsInProbes(ERRORS["key error"])
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, every=1)
+    with pytest.warns(RuntimeWarning, match="The next probe tries again"):
+        for step in range(14):
+            model.seen = 0
+            opt.step(closure_for(opt, model, batch_of(step)))
+    assert opt.sources.verdict.failures == 3
+    assert opt.meter.last is not None and not opt.meter.last.reason
+    assert opt.controller.state.probes - opt.controller.state.readings == 3
+
+
+def test_a_permanent_reason_names_the_cause_and_the_remedy() -> None:
+    """A closure that draws its own data, of a model that cannot be differentiated twice."""
+    model = NoSecondDerivative()
+    opt, data = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, every=1), iter(range(100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            opt.step(lambda: closure_for(opt, model, batch_of(next(data)))())
+    assert opt.meter.last is not None
+    assert "draws new data" in opt.meter.last.reason and "opt.observe(batch)" in opt.meter.last.reason
+    assert "opt.step(closure)" not in opt.meter.last.reason
 
 
 @pytest.mark.parametrize("allowed", [1, 2, 3])
@@ -144,6 +250,37 @@ class NoSecondDerivative(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.Square.apply(self.body(x))
+
+
+class FailsForAWhile(NoSecondDerivative):
+    """The first evaluations that are not a step's raise, or are not finite."""
+
+    def __init__(self, cause: str, returns_dict: bool, bad: int) -> None:
+        super().__init__()
+        self.cause, self.returns_dict, self.bad = cause, returns_dict, bad
+        self.in_step, self.failed = True, 0
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        loss = F.mse_loss(super().forward(x), y)
+        if not self.in_step and self.failed < self.bad:
+            self.failed += 1
+            if self.cause == "exception":
+                raise OSError("a passing cause")
+            loss = loss * float(self.cause)
+        self.in_step = False
+        return {"loss": loss} if self.returns_dict else loss
+
+
+class SeesAnotherLoss(nn.Module):
+    """In all evaluations after the first of a step, `factor` times the loss, with a gradient to match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.seen, self.factor = mlp(), 0, 1.0
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        self.seen += 1
+        return {"loss": loss_fn(self.body, batch) * (1.0 if self.seen == 1 else self.factor)}
 
 
 @pytest.mark.parametrize("source", ["closure", "backward"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,32 +14,83 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
+class _Interception(TorchFunctionMode):
+    """Hands every backward pass that is asked for to `handler`, and lets everything else through."""
+
+    def __init__(self, handler: Callable[..., None]) -> None:
+        super().__init__()
+        self.handler = handler
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return self._of_tensor(*args, **(kwargs or {}))
+        if func is torch.autograd.backward:
+            return self._of_tensors(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _of_tensor(
+        self,
+        loss: Tensor,
+        gradient: Any = None,
+        retain_graph: Any = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        self._hand_over(loss, gradient, retain_graph, create_graph, inputs)
+
+    def _of_tensors(
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: Any = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        alone = tensors[0] if isinstance(tensors, (tuple, list)) and len(tensors) == 1 else tensors
+        self._hand_over(alone, grad_tensors, retain_graph, create_graph, inputs)
+
+    def _hand_over(self, tensors: Any, weights: Any, retain_graph: Any, create_graph: bool, inputs: Any) -> None:
+        more = {} if inputs is None else {"inputs": inputs}
+        self.handler(torch.autograd.backward, tensors, weights, retain_graph, create_graph, **more)
+
+
+_handlers = threading.local()
+
+
 @contextmanager
-def intercept_backward(handler: Callable[..., None]) -> Iterator[None]:
-    """Call `handler(original, tensors, *args, **kwargs)` in place of every backward pass this thread starts.
+def intercept_backward(handler: Callable[..., None], own: bool = False) -> Iterator[None]:
+    """Call `handler(torch.autograd.backward, tensors, *args, **kwargs)` in place of every backward pass that is asked
+    for in this block, and in this thread: what other threads do is not seen, nor touched.
 
-    `torch.autograd.backward` is the one function through which `Tensor.backward`, Accelerate, Fabric and
-    Lightning all go, and the only place where a closure's gradient can be seen before the closure clips or
-    rescales it. Backward passes started inside the handler (reentrant checkpointing) go through untouched.
+    Where a pass starts is the only place where the gradient of a closure can be seen before the closure clips or
+    rescales it. Passes started inside the handler (reentrant checkpointing) go through untouched.
+
+    Args:
+        own: the code of the block asks for its passes by `run_backward`. It needs no torch function mode then, under
+            which a compiled model is compiled once more. Some older torch does not show such a mode
+            `torch.autograd.backward(...)` called by name; `loss.backward()` is always seen.
     """
-    original = torch.autograd.backward
-    owner, busy = threading.get_ident(), False
-
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal busy
-        if busy or threading.get_ident() != owner:
-            return original(tensors, *args, **kwargs)
-        busy = True
-        try:
-            handler(original, tensors, *args, **kwargs)
-        finally:
-            busy = False
-
-    torch.autograd.backward = backward
+    before = getattr(_handlers, "current", None)
+    _handlers.current = handler
     try:
-        yield
+        with nullcontext() if own else _Interception(handler):
+            yield
     finally:
-        torch.autograd.backward = original
+        _handlers.current = before
+
+
+def run_backward(loss: Tensor, gradient: Tensor | None = None) -> None:
+    """`loss.backward(gradient)`, seen by `intercept_backward` at no cost."""
+    handler = getattr(_handlers, "current", None)
+    if handler is None:
+        loss.backward(gradient)  # type: ignore[no-untyped-call]
+        return
+    _handlers.current = None
+    try:
+        handler(torch.autograd.backward, loss, gradient)
+    finally:
+        _handlers.current = handler
 
 
 class _DenseEmbedding(TorchFunctionMode):
@@ -51,15 +102,38 @@ class _DenseEmbedding(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Switches:
+    """torch's choice of kernels, which is the process's: the first thread that comes in sets it, the last puts it back.
+
+    Each for itself would put back what another has set, for good.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.stack = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                self.stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise, and importing it takes seconds
+                    self.stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.stack.close()
+
+
+_SWITCHES = _Switches()
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Twice differentiable kernels: math attention, eager modules, dense embeddings, no cuDNN recurrence."""
-    with ExitStack() as stack:
-        stack.enter_context(_DenseEmbedding())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise, and importing it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with _DenseEmbedding(), _SWITCHES:
         yield
 
 

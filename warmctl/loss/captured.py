@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
+from warmctl.loss.backward import run_backward
 from warmctl.loss.marks import GradientWatch
 from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.scaler import SCALED
-from warmctl.loss.source import CLOSE, EXACT, NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.loss.source import CLOSE, EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.state import FLAG, check
 from warmctl.vectors import Vector, add_, dense_gradient, wide
 
@@ -118,7 +119,7 @@ class ModelCapture:
                 loss = find_loss(self.model(*args, **kwargs))
             if loss is None:
                 raise RuntimeError("the model returned no loss when its forward was repeated")
-            loss.backward(torch.full_like(loss, weight))  # type: ignore[no-untyped-call]
+            run_backward(loss, torch.full_like(loss, weight))
             return loss
 
         return closure
@@ -130,7 +131,7 @@ class ModelCapture:
         return 1.0 if self.scaled else total
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.enabled or measuring() or not torch.is_grad_enabled():
+        if not self.enabled or not torch.is_grad_enabled() or measuring(self.model.parameters()):
             return
         devices = list(dict.fromkeys(p.device for p in self.model.parameters()))
         autocast = [
@@ -152,8 +153,8 @@ class ModelCapture:
             loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
-        if self.enabled and not measuring():
-            params = list(self.model.parameters())
+        params = list(self.model.parameters())
+        if self.enabled and not measuring(params):
             if self.weights and not distributed.is_sharded(params) and all(p.grad is None for p in params):
                 self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
             self._call, self.random_state, self.loss = call, state, loss
@@ -193,17 +194,19 @@ class CapturedSource:
         if closure is None:
             return None
         present = [dense_gradient(p) for p in params] if self.watch.untouched else None
-        replay = replays.of(closure, params, self.capture.random_state)
+        replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = len(self.capture.weights) == 1
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
         alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)
         if present is not None and single and alone and self.verdict.repeats == EXACT:
-            return StepLoss(replay, present)
+            return StepLoss(replay, present, value=self.capture.loss)
         gradient = replay.gradient()[1]
         inner = distributed.inner_product(params)
         step = [dense_gradient(p) for p in params]
         reach, size = inner(step, gradient), inner(gradient, gradient)  # ⟨step, ∇L⟩ and ‖∇L‖²
-        if single and self.verdict.repeats == UNTRIED:
+        if not math.isfinite(size):
+            raise ArithmeticError("the gradient of the model's own loss is not finite")
+        if single and self.verdict.untried:
             weight = self.capture.weight()
             if weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK:
                 self.capture.scaled = True
@@ -214,7 +217,7 @@ class CapturedSource:
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
         # them than that one does; a sum does.
         summed = self.capture.scaled and reach > 1.05 * size
-        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0)
+        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0, self.capture.loss)
 
     def _compare(
         self,

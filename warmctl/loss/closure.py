@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +18,19 @@ from warmctl.loss.backward import intercept_backward
 from warmctl.loss.marks import GradientWatch, Marks
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Closure, NotReplayable
-from warmctl.loss.source import NEVER, UNTRIED, Replays, StepLoss, Verdict
+from warmctl.loss.source import EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.vectors import dense_gradient
 from warmctl.warning import first_line
 
 NOT_REPLAYABLE = (
     "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn "
     "and call opt.observe(batch) before opt.step()."
+)
+
+ON_ANOTHER_RANK = "the closure could not be repeated on another rank"
+CHECK_FAILED = (
+    "the closure failed when it was evaluated again: {error}. The next probe tries again. If it goes on: draw the "
+    "batch outside of the closure, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) before opt.step()."
 )
 
 
@@ -51,11 +58,11 @@ class ClosureSource:
             return None
         gradient = [dense_gradient(p) for p in params] if run.untouched else None
         weight = run.weight
-        if self.verdict.repeats == UNTRIED:
+        if self.verdict.untried:
             self._check(run, gradient, params, replays)
-        if self.verdict.repeats == NEVER:
+        if self.verdict.untried or self.verdict.repeats == NEVER:
             return None
-        return StepLoss(replays.of(run.closure, params, run.random_state), gradient, weight)
+        return StepLoss(replays.of(run.closure, params, run.random_state), gradient, weight, run.loss)
 
     def _check(self, run: ClosureRun, gradient: list[Tensor] | None, params: list[Tensor], replays: Replays) -> None:
         """Evaluate it once more in place, on every rank, and agree on whether it gave the same."""
@@ -64,17 +71,23 @@ class ClosureSource:
             raise ArithmeticError("the loss is not finite")
         if gradient is not None and not math.isfinite(distributed.inner_product(params)(gradient, gradient)):
             raise ArithmeticError("the gradient is not finite")
-        agreed = 1.0
+        differs, why_not = [0.0, 0.0], ""
         try:
             replays.of(run.closure, params, run.random_state).verify(loss, gradient)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except NotReplayable as error:
-            agreed, self.verdict.why_not = 0.0, NOT_REPLAYABLE.format(error=error)
+            differs, why_not = [1.0, 0.0], NOT_REPLAYABLE.format(error=error)
         except Exception as error:
-            failure = f"evaluating it again failed: {first_line(error)}"
-            agreed, self.verdict.why_not = 0.0, NOT_REPLAYABLE.format(error=failure)
-        self.verdict.repeats = float(distributed.agree([agreed], params[0].device)[0] == 1.0)
+            differs, why_not = [0.0, 1.0], CHECK_FAILED.format(error=first_line(error))
+        never, failed = distributed.agree(differs, params[0].device)
+        why_not = why_not or ON_ANOTHER_RANK
+        if never:
+            self.verdict.repeats, self.verdict.why_not = NEVER, why_not
+        elif failed:
+            self.verdict.fail(why_not)
+        else:
+            self.verdict.repeats = EXACT
 
 
 class ClosureRun:
@@ -105,13 +118,14 @@ class ClosureRun:
 
     def evaluate(self) -> Any:
         """The closure's loss, which is also kept. Raises TypeError, ValueError or RuntimeError as `check_returned`."""
-        before = Marks(self.params)
-        self.watch.marking = False  # done here, behind each pass
-        try:
-            with torch.enable_grad(), intercept_backward(self._intercepted):
-                loss = self.closure()
-        finally:
-            self.watch.marking = True
+        before, marks = Marks(self.params), self.watch.marks
+        # Only where a pass has to be seen before it starts, or later than the watch sees it end. Elsewhere the closure
+        # runs under no mode of ours, which would take its time and have a compiled model compiled again.
+        intercepting = self.backward is not None or self.watch.holding or distributed.world_size() > 1
+        with torch.enable_grad(), intercept_backward(self._intercepted) if intercepting else nullcontext():
+            loss = self.closure()
+        if not intercepting and self.watch.marks is not marks:
+            self._left = self.watch.marks
         has_gradient = any(p.grad is not None for p in self.params)
         check_returned(loss, has_gradient, self._left is not None or not before.hold())
         if loss is not None:

@@ -37,6 +37,7 @@ class GradientWatch:
 
     Attributes:
         passes: backward passes since `clear`.
+        marks: the gradients as the last of them left them.
         marking: False leaves it at counting them, where nothing will be measured.
     """
 
@@ -62,22 +63,22 @@ class GradientWatch:
     def clear(self) -> None:
         """A step was made: the next gradient begins."""
         self.passes = 0
-        self._marks: Marks | None = None
+        self.marks: Marks | None = None
 
     @property
     def holding(self) -> bool:
         """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
-        return self._marks is not None and self._marks.hold()
+        return self.marks is not None and self.marks.hold()
 
     @property
     def untouched(self) -> bool:
         return self.passes == 1 and self.holding
 
     def _accumulated(self, param: Tensor) -> None:
-        if param.grad is not None and not measuring():
+        if param.grad is not None and not measuring([param]):
             self.passes += 1
             if self.marking:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _ended(self) -> None:
-        self._marks = Marks(self.params)
+        self.marks = Marks(self.params)

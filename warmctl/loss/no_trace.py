@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,13 +12,30 @@ from torch import Tensor, nn
 
 from warmctl.loss.random_state import RandomState
 
-_open = 0
-"""How many `no_trace` are open."""
+_measured: Counter[int] = Counter()
+"""How many measurements each parameter takes part in, by id. Not by thread: a device's gradients are accumulated in a
+thread of its own. Not one count for all: another thread may train another model meanwhile."""
+_lock = threading.Lock()
 
 
-def measuring() -> bool:
-    """Whether what runs now is a measurement: its passes through a model are not those of training."""
-    return _open > 0
+def measuring(params: Iterable[Tensor]) -> bool:
+    """Whether one of these is being measured: a pass through it now is not one of training."""
+    return bool(_measured) and any(id(p) in _measured for p in params)
+
+
+@contextmanager
+def _measure(params: Sequence[Tensor]) -> Iterator[None]:
+    ids = [id(p) for p in params]
+    with _lock:
+        _measured.update(ids)
+    try:
+        yield
+    finally:
+        with _lock:
+            for index in ids:
+                _measured[index] -= 1
+                if not _measured[index]:
+                    del _measured[index]
 
 
 @contextmanager
@@ -26,7 +45,6 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     Inside, every `.grad` is None. Buffers are copied (one copy of all buffers); `.grad` tensors are only set
     aside. Buffers that are registered inside go again.
     """
-    global _open
     random_state = RandomState({p.device for p in params})
     others = module.parameters() if module is not None else ()  # another optimizer's: the closure clears them too
     held = list({id(p): p for p in (*params, *others)}.values())
@@ -37,13 +55,11 @@ def no_trace(params: Sequence[Tensor], module: nn.Module | None) -> Iterator[Non
     registered = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
     buffers = [(b, b.data.clone()) for _, named, _ in registered for b in named.values() if b is not None]
     try:
-        _open += 1
         for p in held:
             p.grad = None
-        with torch.enable_grad():
+        with _measure(held), torch.enable_grad():
             yield
     finally:
-        _open -= 1
         for p, grad in zip(held, grads, strict=True):
             p.grad = grad
         for grad, value in shared:
@@ -71,7 +87,8 @@ def set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
     for leaf in leaves:
         leaf.grad = None
     try:
-        yield
+        with _measure(leaves):
+            yield
     finally:
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from warmctl.loss.backward import check_loss
+from warmctl.loss.backward import check_loss, run_backward
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.source import Replays, StepLoss
 
@@ -42,10 +42,10 @@ class ObservedSource:
         def closure() -> Tensor:
             value = self._loss(batch)
             check_loss(value)
-            value.backward()  # type: ignore[no-untyped-call]
+            run_backward(value)
             return value
 
-        return StepLoss(replays.of(closure, params, self._random_state))
+        return StepLoss(replays.of(closure, params, self._random_state, own=True))
 
     def _loss(self, batch: Any) -> Tensor:
         assert self.loss_fn is not None

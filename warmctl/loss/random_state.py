@@ -12,7 +12,10 @@ import torch
 
 
 class RandomState:
-    """The state of every random stream a training step may draw from: torch on each device, NumPy, Python."""
+    """The state of every random stream a training step may draw from: torch on each device, NumPy, Python.
+
+    The streams are the process's, not a thread's: threads that draw from them are not reproducible, wrapped or not.
+    """
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         self.devices = [d for d in dict.fromkeys(devices) if d.type not in ("cpu", "meta")]
@@ -44,7 +47,9 @@ class _NumpyState:
         if mark is None or mark != self.last[0]:
             state: Any = np.random.get_state()
             self.spares = self.spares or bool(state[3])
-            self.last = None if self.spares else mark, state
+            found = None if self.spares else mark, state
+            self.last = found
+            return found
         return self.last
 
     def restore(self, mark: Any, state: Any) -> None:

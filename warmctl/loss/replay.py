@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from warmctl.loss.backward import as_list, check_loss, graph_nodes, intercept_backward, twice_differentiable
+from warmctl.loss.backward import (
+    as_list,
+    check_loss,
+    graph_nodes,
+    intercept_backward,
+    run_backward,
+    twice_differentiable,
+)
 from warmctl.loss.no_trace import no_trace, set_aside
 from warmctl.loss.random_state import RandomState
 from warmctl.vectors import Vector, add_, dot, local
@@ -29,6 +36,11 @@ Closure = Callable[[], Any]
 
 
 NO_BACKWARD = "the closure did not call backward(): it must compute the loss, call loss.backward() and return it"
+
+
+FAR, REACH = 0.5, 1e-2
+"""Relative distance from the loss of the step at which one is looked at; and the length, relative to the parameters, of
+a step that could explain it, twice that of the longest of a finite difference."""
 
 
 class NotReplayable(RuntimeError):
@@ -63,10 +75,14 @@ class Replay:
         module: whose buffers and modes are put back after every evaluation.
         random_state: the streams at the start of the evaluation to repeat; the present ones if omitted.
         reduce: called on a finished gradient, in place; averages over ranks where the closure does not.
+        own: the closure asks for its backward passes by `run_backward`.
 
     Attributes:
         precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that
             of the parameters, or of bfloat16 or float16 where autocast is on. Compiled code hides it.
+
+        expected: the loss of the step, and its gradient if that is known; a `gradient` that is farther from it than a
+            small step could lead raises ArithmeticError.
 
     While the closure runs, and after its backward, every `.grad` is None; or zero if it turns out that the
     closure cannot do without (clip_grad_value_, say), which costs one parameter-sized vector while it runs.
@@ -79,12 +95,14 @@ class Replay:
         module: nn.Module | None = None,
         random_state: RandomState | None = None,
         reduce: Callable[[Vector], None] | None = None,
+        own: bool = False,
     ) -> None:
         self.closure = closure
         self.params = list(params)
         self.module = module
         self.random_state = random_state or RandomState({p.device for p in params})
-        self.reduce = reduce
+        self.reduce, self.own = reduce, own
+        self.expected: tuple[float, Vector | None] | None = None
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
         self._needs_grads = self._intercepted = False
@@ -96,10 +114,10 @@ class Replay:
         def closure() -> Tensor:
             value = loss()
             check_loss(value)
-            value.backward()  # type: ignore[no-untyped-call]
+            run_backward(value)
             return value
 
-        return cls(closure, params, **kwargs)
+        return cls(closure, params, own=True, **kwargs)
 
     @property
     def inspected(self) -> bool:
@@ -131,7 +149,19 @@ class Replay:
             raise ValueError(NO_BACKWARD)
         if self.reduce is not None:
             self.reduce(total)
-        return _as_float(loss), total
+        value = _as_float(loss)
+        if self.expected is not None:
+            self._compare(value, total, *self.expected)
+        return value, total
+
+    def _compare(self, loss: float, gradient: Vector, before: float, at_rest: Vector | None) -> None:
+        gap = abs(loss - before)
+        if not gap > FAR * abs(before):  # what is not finite is noticed elsewhere
+            return
+        shards = [local(p.detach()) for p in self.params]
+        slope = max(dot(g, g) for g in (gradient, at_rest) if g is not None)
+        if gap > REACH * math.sqrt(max(dot(shards, shards), 1.0) * slope):
+            raise ArithmeticError(f"the probe saw a loss of {loss:.6g}, the step one of {before:.6g}")
 
     def loss(self) -> Tensor:
         """The loss with its graph alive, by twice differentiable kernels. Cost: one forward pass."""
@@ -161,13 +191,15 @@ class Replay:
         return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
 
     def verify(self, loss: float, gradient: Vector | None) -> None:
-        """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known.
-        Cost: 1.
+        """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known;
+        ArithmeticError if it is not finite, which says nothing about repeating it. Cost: 1.
 
         The tolerances (1e-3, of a gradient at least four roundings) allow for kernels that do not add in a fixed order,
         not for another batch.
         """
         again, repeated = self.gradient()
+        if not math.isfinite(again) or not math.isfinite(dot(repeated, repeated)):
+            raise ArithmeticError("the loss or its gradient was not finite")
         same = abs(again - loss) <= 1e-3 * max(abs(loss), 1e-3)
         if gradient is not None:
             size = dot(gradient, gradient)
@@ -203,7 +235,7 @@ class Replay:
         self._intercepted = False
         torch.clear_autocast_cache()
         try:
-            with intercept_backward(handle):
+            with intercept_backward(handle, self.own):
                 self.random_state.restore()
                 return self.closure()
         finally:

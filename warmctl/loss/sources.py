@@ -108,7 +108,7 @@ class Sources:
 
     def _watched(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Any:
         self.captured.capture.remove()  # the closure is the better source
-        live = backward_on_graph if self.verdict.repeats == NEVER else None
+        live = backward_on_graph if self.verdict.repeats == NEVER or self.verdict.failures else None
         run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
         self.in_closure = True
         try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warmctl.curvature.operators import METHODS
-from warmctl.loss.source import NEVER
+from warmctl.loss.source import NEVER, TRIES
 from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
@@ -30,6 +30,22 @@ NO_RULE = (
     "backward(loss) cannot measure {name}: it has no registered update rule, so it is measured along the update that "
     "it makes, and that needs the loss again afterwards. Use opt.step(closure), or opt.observe(batch) with a loss_fn, "
     "or warmctl.register_update_rule"
+)
+
+SILENT_STEPS, SILENT_SCALE = 50, 0.1
+"""Steps in a row at which a probe was due and could not be made, after which that is said below this scale."""
+SILENT = (
+    "warmctl: no probe could be made in the last {steps} steps, and the learning rate stays at {scale:.2g} of the "
+    "schedule: {cause}"
+)
+NO_BACKWARD_IN_CLOSURE = (
+    "opt.step() gets a closure that calls no backward, as from Lightning's manual optimization. Call opt.step(closure) "
+    "with one that computes the loss, calls backward and returns it, or give AdaptiveWarmup a loss_fn and call "
+    "opt.observe(batch) on the wrapper before opt.step()"
+)
+NOT_AGAIN = (
+    "the loss of an earlier step was given to opt.backward(loss) or opt.step(closure), that of these steps was not. "
+    "Do so at every step"
 )
 
 
@@ -72,6 +88,7 @@ class Meter:
         self._along_last_update: Measurement | None = None
         self._rate = math.nan  # of the last update measured along
         self._said: set[str] = set()
+        self._missed = 0  # steps in a row at which a probe was due, and nothing to measure on
 
     @property
     def tolerant(self) -> bool:
@@ -87,7 +104,9 @@ class Meter:
         """Of the next probe, in gradient evaluations."""
         return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
 
-    def read(self, due: str, params: list[Tensor], rate: float, each_step: bool) -> Measurement | None:
+    def read(
+        self, due: str, params: list[Tensor], rate: float, each_step: bool, scale: float = 1.0
+    ) -> Measurement | None:
         """The reading for the coming step, if there is one.
 
         Args:
@@ -95,11 +114,15 @@ class Meter:
             params: the trainable parameters, with the gradient of the step.
             rate: the largest scheduled rate.
             each_step: a probe is wanted at every step, though the last one is not known yet.
+            scale: of the last step.
 
         Raises: RuntimeError at the first probe if there is no loss to measure on.
         """
         if self._on_graph is not None:
             return self._booked(self._on_graph.times(self.sources.graph.passes), params)
+        self._missed += bool(due)
+        if self._missed >= SILENT_STEPS:
+            self._say_silent(scale)
         if self.sources.closure.run is not None and self.sources.closure.run.skipped:
             due = ""
         if self.rule is None:
@@ -146,11 +169,15 @@ class Meter:
 
     def _probe(self, params: list[Tensor]) -> Measurement | None:
         """Now, if a loss can be evaluated again; else a word to measure on the next step's graph."""
-        if self.sources.ready:
-            return self.prober.probe(params, self._probe_seed())
-        graph = self.sources.graph
-        if graph.passes == 0 and self.sources.verdict.repeats == NEVER:
-            return failed(self.sources.verdict.why_not)
+        graph, verdict = self.sources.graph, self.sources.verdict
+        # A loss that failed more than once when it was evaluated again is left to its graph, where that works.
+        given_up = verdict.failures >= TRIES and self.last is not None and not self.last.reason
+        if self.sources.ready and not (given_up and graph.passes):
+            found = self.prober.probe(params, self._probe_seed())
+            graph.wanted = graph.wanted or verdict.failures > 0
+            return found
+        if graph.passes == 0 and verdict.repeats == NEVER:
+            return failed(verdict.why_not)
         if graph.passes == 0:
             self.sources.missing(self.counts.steps, self.counts.probes)
         graph.wanted = graph.wanted or graph.passes > 0
@@ -172,6 +199,7 @@ class Meter:
     def _booked(self, found: Measurement, params: list[Tensor]) -> Measurement:
         """Agreed on by all ranks, counted, and said once for each kind of failure; the numbers are in the history."""
         found = self.last = found.agreed(params[0].device)
+        self._missed = 0
         self.counts.probes += 1
         self.counts.hvps += found.hvps
         self.counts.cost += found.cost
@@ -180,6 +208,19 @@ class Meter:
             self._said.add(kind)
             warn(f"warmctl: a probe failed, the learning rate is held: {found.reason}")
         return found
+
+    def _say_silent(self, scale: float) -> None:
+        """Once, and not where `Sources.missing` has said it."""
+        if scale < SILENT_SCALE and "silent" not in self._said:
+            run = self.sources.closure.run
+            if run is not None and run.skipped:
+                cause = NO_BACKWARD_IN_CLOSURE
+            elif self.counts.probes:
+                cause = NOT_AGAIN
+            else:
+                return
+            self._said.add("silent")
+            warn(SILENT.format(steps=SILENT_STEPS, scale=scale, cause=cause))
 
     def _probe_seed(self) -> int:
         return self.seed + int(self.counts.probes)

@@ -74,6 +74,8 @@ class Prober:
             if loss is None:
                 return failed(self.sources.verdict.why_not)
             before = self._replays.spent
+            if loss.value is not None and distributed.world_size() == 1:  # a rank alone must not leave the others
+                loss.replay.expected = float(loss.value), loss.gradient
             found = self.estimator.measure(loss.replay, loss.gradient, seed)
             return replace(found.times(loss.weight), cost=found.cost + before)
 
@@ -102,10 +104,11 @@ class Prober:
                     if gradient is not None:
                         p.grad = gradient if p.grad is None else gradient + p.grad / scale
                 return self.estimator.measure_on(operator, seed)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return failed(first_line(error))
         except Exception as error:
-            return failed(
-                f"{first_line(error)}. This model cannot be differentiated twice: use opt.step(closure) instead"
-            )
+            instead = self.sources.verdict.why_not if self.sources.in_closure else "use opt.step(closure) instead"
+            return failed(f"{first_line(error)}. This model cannot be differentiated twice: {instead}")
         finally:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad

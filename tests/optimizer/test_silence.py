@@ -1,0 +1,64 @@
+"""A rate that stays low because nothing can be measured is spoken of, once, with the cause and the remedy."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from tests.helpers import batch_of, closure_for, loss_fn, mlp
+from warmctl import AdaptiveWarmup
+
+
+def plain_step(opt: AdaptiveWarmup, model: torch.nn.Module, index: int) -> None:
+    """As Lightning's manual optimization makes it: the closure given to `step` does nothing."""
+    opt.zero_grad()
+    loss_fn(model, batch_of(index)).backward()
+    opt.step(lambda: None)
+
+
+def spoken(before: int, steps: int, control: bool, every: int | str = "auto") -> list[str]:
+    """What is said in `steps` steps, after some in which the loss went through `backward`."""
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 30.0), model, control=control, every=every)
+    for index in range(before):
+        opt.zero_grad()
+        opt.backward(loss_fn(model, batch_of(index)))
+        opt.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(steps):
+            if before:
+                opt.zero_grad()
+                loss_fn(model, batch_of(index)).backward()
+                opt.step()
+            else:
+                plain_step(opt, model, index)
+    assert not control or opt.metrics["scale"] < 0.1
+    return [str(w.message) for w in caught if "warmctl" in str(w.message)]
+
+
+def test_plain_steps_of_manual_optimization() -> None:
+    (message,) = spoken(0, 120, control=True)
+    assert "calls no backward" in message and "opt.step(closure)" in message and "0.01 of the schedule" in message
+
+
+def test_backward_that_is_used_once_and_not_again() -> None:
+    (message,) = spoken(1, 200, control=True)
+    assert "opt.backward(loss)" in message and "at every step" in message
+
+
+@pytest.mark.parametrize(("steps", "control"), [(49, True), (120, False)])
+def test_not_before_fifty_steps_and_not_where_the_rate_is_not_scaled(steps: int, control: bool) -> None:
+    assert not spoken(0, steps, control)
+
+
+def test_probes_that_are_far_apart_are_no_silence() -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 300.0), model, every=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in range(120):
+            opt.step(closure_for(opt, model, batch_of(index)))
+    assert opt.metrics["scale"] < 0.1 and opt.metrics["probes"] == 2
