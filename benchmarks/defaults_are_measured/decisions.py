@@ -95,7 +95,7 @@ class LagOneMeter(Meter):
     value, pairs, products, squares = math.nan, 0, 0.0, 0.0
     cadence: Cadence
 
-    def read(self, due: str, params: list[Tensor], rate: float, each_step: bool) -> Measurement | None:
+    def read(self, due: str, params: list[Tensor], rate: float, *more: Any) -> Measurement | None:
         vector, before = self.estimator.vector, self.value
         if vector is not None:
             step = self.estimator._update(params, self.estimator.scaling(params)[0])
@@ -106,7 +106,7 @@ class LagOneMeter(Meter):
         affordable = self.cadence.state.tokens >= self.expected_cost
         if not due and affordable and self.pairs >= 5 and self.products < -0.3 * self.squares:
             due = "lag-1 correlation"
-        found = super().read(due, params, rate, each_step)
+        found = super().read(due, params, rate, *more)
         if found is not None:
             self.value, self.pairs, self.products, self.squares = math.nan, 0, 0.0, 0.0
         return found

@@ -7,6 +7,7 @@ ranks.py FOLDER load     go on with what another number of ranks has saved
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -118,8 +119,10 @@ def main() -> None:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, results)
     if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(ranks))
+        print("RESULTS " + json.dumps(ranks), flush=True)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # the interpreter's own end, with gloo's threads still there, aborts now and then
 
 
 if __name__ == "__main__":
