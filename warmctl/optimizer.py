@@ -73,7 +73,7 @@ class AdaptiveWarmup(OptimizerProxy):
         optimizer: Optimizer,
         model: nn.Module,
         *,
-        target: float = 0.5,
+        target: float = 0.8,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         every: int | str = "auto",
         budget: float = 0.034,
@@ -96,8 +96,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.cadence = Cadence(every=every, budget=budget)
         self.history = History()
         self._rates, self._signals = ScaledRates(), StepSignals()
-        average = {} if control else {AVERAGE: self._signals.slope}
-        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, **average})
+        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
         self._record("", keep=False)
         self._saved.announce_numbers()
 
@@ -152,6 +151,7 @@ class AdaptiveWarmup(OptimizerProxy):
                 on_graph = None if self.phase == "done" else self._backward_on_graph  # None: it is not watched either
                 result = self.base.step(self.sources.deciding(closure, self._decide, on_graph))
             self.meter.after_update(self._applied_scale, self.sources.params)  # if `read` has asked for it
+            self.controller.changed(*self.meter.changed())
             self._saved.stepped = True
             return result
         finally:
@@ -173,21 +173,26 @@ class AdaptiveWarmup(OptimizerProxy):
         if self.phase == "done":
             self._coast(rate, loss)
             return
-        value, norm, _, finite = self._signals.read(loss, params, self.phase == "warmup" and not self.control)
-        guarding = self.phase != "warmup" and not self.controller.rising(rate)  # a new high is probed as in warmup
-        # Why to probe, or "". It also takes loss and norm into the averages that `losing` and `surprise` compare with.
+        warming = self.phase == "warmup"
+        if not warming:
+            self._signals.rest()
+        value, norm, slope, finite = self._signals.read(loss, params, warming and self.cadence.asks_slope())
+        guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
+        # Why to probe, or "". It also takes loss and norm into the averages that `surprise` compares with.
         due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         before = self.phase
-        decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)
+        decision = self.controller.update(rate, reading, slope, self.cadence.surprise)
         if self.phase != before:
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
+        if warming and finite and self.cadence.look():
+            self.meter.look(params, rate * self._applied_scale)
         self._rates.scale(self.param_groups, self._applied_scale)
         ratio = decision.ratio if self.control else decision.ratio / decision.scale  # it was not applied
-        self._record(decision.reason, None if loss is None else value, found is not None, ratio)
+        self._made = decision.reason, None if loss is None else value, found is not None, ratio
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
@@ -195,7 +200,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self._signals.rest()
         self.controller.update(rate)
         self._rates.scale(self.param_groups, self._applied_scale)
-        self._record("", None if loss is None or loss.device.type != "cpu" else float(loss))
+        self._made = "", None if loss is None or loss.device.type != "cpu" else float(loss), False, math.nan
 
     def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
@@ -211,7 +216,9 @@ class AdaptiveWarmup(OptimizerProxy):
             self.restart()
 
     def _end_step(self, decided: bool) -> None:
-        """After the update: the schedule's own rates again, the batch forgotten."""
+        """After the update: its row, the schedule's own rates again, the batch forgotten."""
+        if decided:
+            self._record(*self._made)
         self._rates.restore(self.param_groups)
         measured_on_graph = self.meter.next_step()
         self.sources.next_step(measured_on_graph)
@@ -228,7 +235,7 @@ class AdaptiveWarmup(OptimizerProxy):
         sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else NO_PROBE_YET
         self._row = StepRow(
             *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
-            *(math.nan, self._signals.end_slope, self.controller.target, residual, int(counts.hvps)),
+            *(self.meter.representation_change, self._signals.end_slope, self.controller.target, residual, int(counts.hvps)),
             *(int(counts.probes), counts.overhead, probed, reason),
         )
         if keep:
@@ -280,8 +287,9 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the eigenvector. The order is that of the checkpoint's format."""
-        controller, cadence, meter, sources = self.controller.state, self.cadence.state, self.meter, self.sources
-        return controller, cadence, self.counts, sources.graph, sources.captured, sources.verdict, meter, self._signals
+        sources = self.sources
+        loss = sources.graph, sources.captured, sources.verdict
+        return *self.controller.parts, self.cadence.state, self.counts, *loss, self.meter, self._signals
 
 
 def _reading(found: Measurement | None, tolerant: bool) -> Reading | None:

@@ -22,7 +22,8 @@ class Stretch:
     rate: float
     every: int
     failing: float
-    losing: bool
+    slope: float
+    change: float
     share: float
     relative_update: float
     surprise: float
@@ -36,7 +37,8 @@ STRETCH = st.builds(
     rate=st.sampled_from([1e-3, 0.1, 0.3, 1.0]),
     every=st.sampled_from([1, 3, 20, 100]),
     failing=st.sampled_from([0.0, 0.0, 0.2, 1.0]),
-    losing=st.booleans(),
+    slope=st.sampled_from([math.nan, -0.5, -0.05, 0.0, 0.1, 0.4]),
+    change=st.sampled_from([math.nan, 0.0, math.inf]) | st.floats(-3, 3).map(lambda log: 10.0**log),
     share=st.sampled_from([0.1, 1.0, 1.0, 1.0, 30.0]),
     relative_update=st.sampled_from([0.0, 0.0, 0.05, 0.5, 50.0]),
     surprise=st.sampled_from([1.0, 1.0, 3.0, 5.0, 100.0]),
@@ -50,14 +52,14 @@ def cut(draw: st.DrawFn) -> list[Stretch]:
     every, level = draw(st.sampled_from([1, 3, 20])), draw(st.floats(10.0, 40.0))
     rise, back = draw(st.integers(5, 150)), level * draw(st.floats(0.9, 1.3))
     path = [(1, 4.0 * level), (rise, level), (3, 10.0 * level), (30, back), (900, back)]
-    return [Stretch(steps, ratio, 0.1, every, 0.0, False, 1.0, 0.0, 1.0, 0.0) for steps, ratio in path]
+    return [Stretch(steps, ratio, 0.1, every, 0.0, math.nan, math.nan, 1.0, 0.0, 1.0, 0.0) for steps, ratio in path]
 
 
-Step = tuple[float, Reading | None, bool, float]
+Step = tuple[float, Reading | None, float, float, float]
 
 
 def curve(run: list[Stretch], tolerant: bool, noisy: bool, seed: int) -> Iterator[Step]:
-    """What the law is given at each step."""
+    """What the law is given at each step: rate, reading, e, surprise, and RRC over the rate."""
     draw, ratio, rate = random.Random(seed), run[0].ratio, 0.1
     for stretch in run:
         there = stretch.ratio if min(ratio, stretch.ratio) > 0.0 else math.nan
@@ -70,16 +72,22 @@ def curve(run: list[Stretch], tolerant: bool, noisy: bool, seed: int) -> Iterato
                 measured = now * math.exp(stretch.noise * draw.gauss(0, 1)) * scheduled
                 measured = draw.choice([math.nan, math.inf]) if draw.random() < stretch.failing else measured
                 reading = Reading(measured, stretch.share, stretch.relative_update * scheduled, tolerant, noisy)
-            event = draw.random() < 0.1
-            yield scheduled, reading, stretch.losing, stretch.surprise if event else 1.0
+            event, slope = draw.random() < 0.1, stretch.slope + 0.3 * draw.gauss(0, 1)
+            change = stretch.change * math.exp(stretch.noise * draw.gauss(0, 1)) if draw.random() < 0.5 else math.nan
+            slope = min(max(slope, -1.0), 1.0) if math.isfinite(slope) else math.nan
+            yield scheduled, reading, slope, stretch.surprise if event else 1.0, change
         ratio, rate = stretch.ratio, stretch.rate
 
 
 def agree(steps: Iterator[Step]) -> None:
     controller, law = Controller(target=0.5, after="guard"), ReferenceLaw()
-    for number, (rate, reading, losing, surprise) in enumerate(steps, start=1):
-        decision = controller.update(rate, reading, losing, surprise)
-        assert (decision.scale, decision.phase) == law.step(rate, reading, losing, surprise), f"step {number}"
+    for number, (rate, reading, slope, surprise, change) in enumerate(steps, start=1):
+        decision = controller.update(rate, reading, slope, surprise)
+        assert (decision.scale, decision.phase) == law.step(rate, reading, slope, surprise), f"step {number}"
+        if decision.phase == "warmup":
+            applied = rate * decision.scale
+            controller.changed(change * applied, applied)
+            law.changed(change * applied, applied)
 
 
 @given(
@@ -105,7 +113,7 @@ def test_the_controller_is_the_law_where_probes_fail_first(
 ) -> None:
     def steps() -> Iterator[Step]:
         for step in range(failing):
-            yield 0.1, Reading(math.nan) if step % every == 0 else None, False, 3.0 if step % 97 == 0 else 1.0
+            yield 0.1, Reading(math.nan) if step % every == 0 else None, math.nan, 3.0 if step % 97 == 0 else 1.0, math.nan
         if run:
             yield from curve(run, False, False, seed)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-BETA = 0.9
+BETA = 0.97
 
 
 class Snapshots:

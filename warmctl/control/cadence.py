@@ -3,7 +3,8 @@
 Probes are as far apart as the run is old: a gap is a fraction of its age, a small one near `target` and all of it
 ten times below. In between, an event calls for one before the step is made: a gradient norm or a loss that stands out
 of its own running average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred
-steps, the last of them kept for events. Nothing here reads a clock: the same run probes at the same steps.
+steps, the last of them kept for events. How far a step moves the representations is looked at more often, for it costs
+less than one gradient. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
 NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
-LOSING, FORGETTING = 2.0, 0.01
-"""Mean deviations by which the average loss may rise from its lowest before it is losing ground; and the part of the
-way by which the lowest follows it each step, for a task may become harder."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 20.0, 6.0
+BURST, RESERVE = 10.0, 6.0
 """Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
+LOOKS, LOOK_GAP, LOOK_COST = 8, 0.5, 2.0 / 3.0
+"""First steps at each of which the representations are looked at, steps between later looks over the age of the run, and
+what one costs: two forward passes."""
+SLOPE_GAP = 1.0 / 32.0
+"""Steps between readings of the end slope over the age of the run: what it averages grows with the run."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
 """Part of the budget, and factor on the gaps, once warmup has ended."""
 
@@ -45,7 +48,8 @@ class CadenceState(FloatState):
     norm_spread: float = saved(0.2, POSITIVE)
     loss: float = saved(math.nan, Allowed(unknown=True))
     loss_spread: float = saved(0.0, POSITIVE)
-    lowest_loss: float = saved(math.inf, Allowed(high=math.inf))
+    next_look: float = saved(1.0, POSITIVE)
+    next_slope: float = saved(1.0, POSITIVE)
 
 
 class Cadence:
@@ -61,8 +65,8 @@ class Cadence:
         self.state = CadenceState()
 
     def restart(self) -> None:
-        """As at the start, from what is left of the budget."""
-        self.state = CadenceState(tokens=self.state.tokens)
+        """As at the start, with a burst of its own: what was thawed or added has never been measured."""
+        self.state = CadenceState(tokens=max(self.state.tokens, BURST))
 
     def due(self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> str:
         """Why to probe at this step, or "". Call it once a step.
@@ -94,11 +98,22 @@ class Cadence:
         """The last gradient norm over its average before, if that was an event, else 1."""
         return self.state.surprise
 
-    @property
-    def losing(self) -> bool:
-        """Whether the average loss has risen from its lowest by more than `LOSING` mean deviations."""
+    def asks_slope(self) -> bool:
+        """Whether to read the end slope at the coming step. Call it in warmup, before `due`."""
         s = self.state
-        return s.loss - s.lowest_loss > LOSING * max(s.loss_spread, LOSS_SPREAD * abs(s.loss))
+        if s.age + 1.0 < s.next_slope:
+            return False
+        s.next_slope = s.age + 1.0 + max(1.0, float(round(SLOPE_GAP * s.age)))
+        return True
+
+    def look(self) -> bool:
+        """Whether to look at the representations at this step. Call it in warmup, after `due`."""
+        s = self.state
+        if s.age < s.next_look:
+            return False
+        s.tokens -= LOOK_COST
+        s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
+        return True
 
     def probed(self, cost: float, closeness: float) -> None:
         """Account for a probe made at this step.
@@ -127,11 +142,10 @@ class Cadence:
             s.norm, s.norm_spread = _follow(s.norm, s.norm_spread, log_norm)
         if math.isfinite(loss):
             if math.isnan(s.loss):
-                s.loss, s.loss_spread, s.lowest_loss = loss, 0.03 * abs(loss), loss
+                s.loss, s.loss_spread = loss, 0.03 * abs(loss)
             if loss - s.loss > LOSS_EVENT * max(s.loss_spread, LOSS_SPREAD * abs(s.loss)):
                 events.append("loss")
             s.loss, s.loss_spread = _follow(s.loss, s.loss_spread, loss)
-            s.lowest_loss = min(s.lowest_loss + FORGETTING * (s.loss - s.lowest_loss), s.loss)
         return " and ".join(events)
 
 

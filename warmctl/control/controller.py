@@ -1,21 +1,23 @@
-"""The feedback law: from stability ratios to one scale for all learning rates. Numbers in, numbers out; no tensors.
+"""The feedback law: from readings and signals to one scale for all learning rates. Numbers in, numbers out; no tensors.
 
-A reading is the stability ratio r₁ at the full scheduled rate (edge at 1). Divided by the rate it is kept as the
-forecast; scale · forecast · rate is the stability ratio until the next reading. `reference.py` is the law alone.
+Three gauges say what a rate may be. `reference.py` is the law alone.
 
-* Down at once: where a reading, or a scheduled rate that rises after it, puts the ratio above `target`, the scale is
-  cut to where the ratio meets it. SGD, which undoes a small overshoot by itself, is cut only above the edge.
-* Up with the age of the run: after t steps the scale grows by ((t + 1) / t)^p a step, so it doubles when the run's
-  age has doubled, whatever the length of the run. Far below target p is larger, for the first ratios of an adaptive
-  rule are too large by orders of magnitude and fall within a few steps. No evidence, no growth: at most by a factor
-  beyond the scale of the last reading, and not while the loss is losing ground.
-* Curvature is not all that limits an early step (Kosson et al. 2024, arXiv 2410.23922): the relative change of the
-  weights by a step is let grow by a constant a step.
-* A gradient norm far above its average near the edge is the edge itself, seen before the step is made: the step is
-  shortened in proportion, and lengthens again within a few steps.
-* An end: warmup is over when the rate has reached no new high while the run's age has grown by half, and is not on its
-  way back from a cut, nor was held back by a rising loss. The scale is kept then, so that the user's decay keeps its
-  shape. Guard still cuts it, and lets it come back to there: what one batch asked for need not be for good.
+* r, what the landscape forbids: the stability ratio of the coming step (edge at 1), from probes of the curvature. A
+  reading is r₁, at the full scheduled rate; over the rate it is the forecast until the next. Held at `target`; SGD,
+  which undoes a small overshoot by itself, is cut only above the edge.
+* RRC, how far a step moves what the network computes: the relative change of its layers' outputs. Over the rate it is
+  a forecast too. Held at an amount that is the same for all networks, rules and rates (Kosson et al. 2024, arXiv
+  2410.23922, find in it the need of warmup): curvature does not see a step that wrecks features.
+* e, whether there is reason to go faster: the slope of the next batch at the end of the last steps. While it surely
+  agrees with them the scale grows by a factor a step, and RRC may be larger; once it has turned, the scale grows with
+  the root of the run's age at most, and only while neither gauge is near its limit. Where a step hardly moves the
+  network e is noise, and is not asked.
+
+No evidence, no growth: at most by a factor beyond the scale of the last reading of r or RRC. What a cut has taken comes
+back sooner than what was never reached. A gradient norm far above its average shortens the step.
+
+An end: warmup is over when the rate has reached no new high for long, and is not on its way back from a cut. The scale
+is kept then, so that the user's decay keeps its shape. Guard still cuts it by r, and lets it come back to there.
 """
 
 from __future__ import annotations
@@ -23,37 +25,51 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from warmctl.control.ending import Ending
+from warmctl.control.gauges import ChangeGauge, SlopeGauge
 from warmctl.state import COUNT, FLAG, POSITIVE, SHARE, Allowed, FloatState, saved
 
-FLOOR = 1e-4
+FLOOR = 1e-5
 """Smallest scale: a loop must not feed itself down to a standstill."""
 UNMEASURED = 1e-2
-"""Scale before the first reading, and for good if no probe ever succeeds."""
-SETTLED_AGE, SETTLED_STEPS, SETTLED_BELOW, SETTLED_PROBES = 1.5, 20, 100, 2
-"""Warmup ends when the run is so many times as old as at its highest rate, so many steps (more of them below the full
-rate, for no way leads up again) and probes later."""
-HIGHER, RECOVERED, PATIENCE, PATIENCE_STEPS = 1.1, 0.9, 4.0, 200
-"""A new high is so much higher; the end waits for a scale cut since then to come back this far, up to so many
-times the age, or steps."""
-DECADE_POWER = 2.0
-"""Power of the growth law for each decade that the stability ratio is below target."""
-LARGEST_FALL = 0.01
-"""A reading counts as no less than this part of the forecast."""
+"""Scale before the first reading, and for good if none ever succeeds."""
+FIRST = 0.002
+"""Relative change of the weights by the first step: what the network does with it is not known yet."""
+ASKED, CALM = 0.03, 0.08
+"""RRC from which on e is asked; and up to which the scale grows with age when e has turned, if e is not below…"""
+TURNED = -0.1
+"""…this."""
+FASTEST, EAGER = 2.0, 0.6
+"""Most growth a step; and its log at full significance of e."""
+AGED = 4.0
+"""Power of the age that growth does not exceed."""
+RETURN, OPPOSED = 1.1, -0.5
+"""Growth a step back to the highest scale so far, unless the significance of e is below this."""
 EVIDENCE = 4.0
 """Largest scale over that of the last reading."""
-RAMP = 0.002
-"""Growth a step of the relative change of the weights that a step may make."""
+EXCESS, CUT = 1.3, 0.8
+"""RRC over what is allowed from which on the scale is cut, and by how much a step at most."""
+LARGEST_FALL = 0.01
+"""A reading of r counts as no less than this part of the forecast."""
 SURPRISE, SURPRISE_FAR, NEAR = 2.0, 4.0, 0.1
 """A norm so many times its average shortens the step: where the ratio is so near target, and where farther off."""
 SHORTEST, RECOVERY = 0.1, 1.4
 """Least shortening, and the way back a step."""
 PATIENT_STEPS = 1000
-"""Steps after which warmup ends without a single successful probe, at the scale `UNMEASURED`."""
+"""Steps after which warmup ends without a single reading, at the scale `UNMEASURED`."""
 RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
-
 PHASES = ("warmup", "guard", "done")
+NOTHING, RATIO, REPRESENTATION, SLOPE, RISING, UNKNOWN = HOLDERS = (
+    "",
+    "the stability ratio is at target",
+    "a step may not move the representations further",
+    "the next gradients do not agree that steps should be longer",
+    "the rate is rising",
+    "nothing has been measured yet",
+)
+"""What holds the scale below 1."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,8 @@ class Reading:
         ratio: r₁ at the full scheduled rate; not finite if the probe failed.
         share: the edge of this very step over the long-run edge, as in `Measurement`; ratio / share is what is
             held at target.
-        relative_update: ‖update‖ / ‖weights‖ of the coming step at the full rate, the median over weight matrices.
+        relative_update: ‖update‖ / ‖weights‖ of the coming step at the full rate, the median over weight matrices;
+            0 if there are none.
         tolerant: the rule undoes a step a little over the edge by itself, see `UpdateRule.tolerates_overshoot`.
         noisy: the share is a noisy one: ratio and share are averaged over readings, half the weight on the last.
         reason: why it failed, or "".
@@ -89,6 +106,7 @@ class Decision:
     Attributes:
         ratio: the stability ratio at that scale; nan before any reading.
         closeness: the ratio over what is allowed at this step.
+        reason: what was done, or what holds the scale below 1; "" at the full rate.
     """
 
     scale: float
@@ -100,38 +118,43 @@ class Decision:
 
 @dataclass
 class ControllerState(FloatState):
-    """All that the controller remembers."""
+    """What the controller remembers beside its gauges and the end."""
 
     phase: float = saved(0.0, Allowed(among=(0.0, 1.0, 2.0)))
     scale: float = saved(UNMEASURED, Allowed(FLOOR, 1.0))
     forecast: float = saved(math.nan, Allowed(0.0, unknown=True))
     share: float = saved(1.0, SHARE)
     tolerant: float = saved(0.0, FLAG)
-    relative_update: float = saved(0.0, Allowed(0.0, math.inf))
-    probed_scale: float = saved(0.0, Allowed(0.0, 1.0))
+    measured_scale: float = saved(0.0, Allowed(0.0, 1.0))
+    highest_scale: float = saved(0.0, Allowed(0.0, 1.0))
+    crossed: float = saved(0.0, FLAG)
     shortening: float = saved(1.0, Allowed(SHORTEST, 1.0))
     age: float = saved(0.0, COUNT)
     readings: float = saved(0.0, COUNT)
-    probes: float = saved(0.0, COUNT)
-    highest: float = saved(0.0, POSITIVE)
-    highest_scale: float = saved(0.0, Allowed(0.0, 1.0))
-    highest_age: float = saved(0.0, COUNT)
-    highest_probes: float = saved(0.0, COUNT)
     settled: float = saved(math.inf, Allowed(FLOOR, math.inf))
 
 
 class Controller:
-    """Holds the stability ratio at or below `target`.
+    """Holds each step where all gauges allow it.
 
     Args:
-        target: a fraction of the edge of stability.
+        target: of the stability ratio, a fraction of the edge.
         after: "guard", "hold" or "release" once warmup has ended.
         max_warmup: steps after which it ends in any case.
     """
 
-    def __init__(self, target: float = 0.5, after: str = "guard", max_warmup: int | None = None) -> None:
+    def __init__(self, target: float = 0.8, after: str = "guard", max_warmup: int | None = None) -> None:
         self.target, self.after, self.max_warmup = target, after, max_warmup
-        self.state = ControllerState()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin warmup again from the next reading."""
+        self.state, self.change, self.slope, self.ending = ControllerState(), ChangeGauge(), SlopeGauge(), Ending()
+
+    @property
+    def parts(self) -> tuple[FloatState, ...]:
+        """What is saved."""
+        return self.state, self.change, self.slope, self.ending
 
     @property
     def phase(self) -> str:
@@ -145,21 +168,21 @@ class Controller:
     @property
     def moving(self) -> bool:
         """Whether the scale still changes although warmup is done."""
-        return self.phase == "done" and self.after == "release" and self.state.scale < 1.0 and self.state.readings > 0
+        return self.phase == "done" and self.after == "release" and self.state.scale < 1.0 and self._measured
 
-    def restart(self) -> None:
-        """Begin warmup again from the next reading."""
-        self.state = ControllerState()
+    def rising(self, rate: float) -> bool:
+        """Whether the rate that would be applied is above any that warmup has seen."""
+        return self.ending.is_high(self.state.scale * rate)
 
     def update(
-        self, rate: float, reading: Reading | None = None, losing: bool = False, surprise: float = 1.0
+        self, rate: float, reading: Reading | None = None, end_slope: float = math.nan, surprise: float = 1.0
     ) -> Decision:
         """Decide the coming step.
 
         Args:
             rate: the scheduled learning rate, above 0; only its ratios between steps matter.
             reading: if a probe was made for this step.
-            losing: the running average of the loss is above its lowest by more than its noise.
+            end_slope: e of this step's gradient; nan if unknown.
             surprise: gradient norm of this step over its running average if that is an event, else 1.
         """
         s = self.state
@@ -168,39 +191,50 @@ class Controller:
         if self.phase == "done":
             s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
             return self._decision(rate)
-        s.probes += reading is not None
+        self.slope.take(end_slope)
         if reading is not None and not reading.ok:
-            self._shorten(rate, surprise)
-            return self._end(rate, f"probe failed, scale held: {reading.reason}")
-        if reading is not None:
-            s.readings += 1
-            s.forecast, s.share = self._forecast(reading, rate), self._share(reading)
-            s.relative_update, s.tolerant = reading.relative_update / rate, float(reading.tolerant)
-        reason = "" if math.isnan(s.forecast) else self._move(rate, reading is not None, losing)
+            reason = f"probe failed, scale held: {reading.reason}"
+        else:
+            if reading is not None:
+                self._read(reading, rate)
+            reason = self._move(rate, reading) if self._measured else UNKNOWN
         self._shorten(rate, surprise)
-        return self._end(rate, reason, losing)
+        return self._end(rate, reason)
 
-    def rising(self, rate: float) -> bool:
-        """Whether the rate that would be applied is above any that warmup has seen."""
-        return self.state.scale * rate >= HIGHER * self.state.highest
+    def changed(self, change: float, rate: float) -> None:
+        """RRC of the step just made, at this applied rate; nan if it could not be seen."""
+        if not math.isnan(change):
+            self.change.take(change, rate)
+            self.state.measured_scale = self.state.scale
 
-    def _forecast(self, reading: Reading, rate: float) -> float:
+    @property
+    def _measured(self) -> bool:
+        return self.state.readings > 0 or self.change.known
+
+    def _read(self, reading: Reading, rate: float) -> None:
         """Rising counts at once; a fall counts half in log, and as one of two decades at most.
 
         A Ritz value is a lower bound: a low one, or one below 0, may only mean that the probe looked elsewhere.
         """
-        before, curvature = self.state.forecast, max(reading.ratio, 0.0) / rate
+        s = self.state
+        s.readings += 1
+        before, curvature = s.forecast, max(reading.ratio, 0.0) / rate
         if math.isnan(before) or (curvature >= before and not (reading.noisy and before)):
-            return curvature
-        return math.sqrt(before * max(curvature, before * LARGEST_FALL))
-
-    def _share(self, reading: Reading) -> float:
-        noisy = reading.noisy and self.state.readings > 1
-        return math.sqrt(self.state.share * reading.share) if noisy else reading.share
+            s.forecast = curvature
+        else:
+            s.forecast = math.sqrt(before * max(curvature, before * LARGEST_FALL))
+        noisy = reading.noisy and s.readings > 1
+        s.share = math.sqrt(s.share * reading.share) if noisy else reading.share
+        s.tolerant = float(reading.tolerant)
 
     def _carried(self, rate: float) -> float:
-        """The scale at which the ratio is at target, by the last reading; nan before it."""
-        return self.target * self.state.share / max(self.state.forecast * rate, 1e-30)
+        """The scale at which r is at target, by the last reading; infinite before it."""
+        s = self.state
+        return math.inf if math.isnan(s.forecast) else self.target * s.share / max(s.forecast * rate, 1e-30)
+
+    def _bearable(self, rate: float) -> float:
+        """The scale at which RRC is what a step may have; infinite if it was never seen."""
+        return self.slope.allowed_change / max(self.change.of(rate), 1e-30)
 
     def _shorten(self, rate: float, surprise: float) -> None:
         near = self.state.scale > NEAR * self._carried(rate)
@@ -208,60 +242,74 @@ class Controller:
         if surprise > allowed:
             self.state.shortening = min(self.state.shortening, max(allowed / surprise, SHORTEST))
 
-    def _move(self, rate: float, probed: bool, losing: bool) -> str:
-        """Towards the scale that the landscape carries, or 1: down at once, up with the age of the run.
-
-        Once warmup has ended, up means no higher than the scale that it ended with.
-        """
+    def _move(self, rate: float, reading: Reading | None) -> str:
+        """Towards the scale that all gauges allow, or 1. Once warmup has ended, no higher than where it did."""
         s = self.state
-        first = probed and s.readings == 1 and self.phase == "warmup"
-        carried = self._carried(rate)
-        slack = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
-        before, ramp = s.scale, RAMP * s.age / max(s.relative_update * rate, 1e-30)
-        limit = min(1.0, carried, ramp if self.phase == "warmup" else s.settled)
-        if first:
-            s.scale = max(limit, FLOOR)
-        elif carried * slack < s.scale:
+        carried, bearable = self._carried(rate), self._bearable(rate)
+        if self.phase != "warmup":
+            bearable = s.settled
+        limit, before = min(1.0, carried, bearable), s.scale
+        overshoot = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
+        first = reading is not None and s.readings == 1 and not self.change.known and self.phase == "warmup"
+        if first and reading is not None:
+            s.scale = max(min(limit, FIRST / max(reading.relative_update, 1e-30)), FLOOR)
+        elif carried * overshoot < s.scale:
             s.scale = max(carried, FLOOR)
-        elif limit > s.scale and not losing:
-            power = max(1.0, DECADE_POWER * math.log10(carried / s.scale))
-            grown = s.scale * (s.age / max(s.age - 1, 1.0)) ** power
-            s.scale = max(s.scale, min(limit, grown, EVIDENCE * s.probed_scale))
-        if probed:
-            s.probed_scale = s.scale
+        elif EXCESS * bearable < s.scale:
+            s.scale = max(CUT * s.scale, bearable, FLOOR)
+        elif limit > s.scale:
+            s.scale = max(s.scale, min(limit, s.scale * self._growth(rate), EVIDENCE * s.measured_scale))
+        s.measured_scale = s.scale if reading is not None else s.measured_scale
+        s.highest_scale = max(s.highest_scale, s.scale)
         if first:
             return f"started at scale {s.scale:.3g}"
-        return f"cut from scale {before:.3g} to {s.scale:.3g}" if s.scale < before else ""
+        holder = RATIO if carried < bearable else REPRESENTATION
+        if s.scale < before:
+            return f"cut from scale {before:.3g} to {s.scale:.3g}: {holder}"
+        if s.scale >= 1.0:
+            return NOTHING
+        return RISING if s.scale > before else holder if s.scale >= limit else SLOPE
 
-    def _end(self, rate: float, reason: str, losing: bool = False) -> Decision:
+    def _growth(self, rate: float) -> float:
+        """The factor that the scale may grow by at this step."""
+        s, slope = self.state, self.slope
+        if self.phase != "warmup":
+            return RETURN
+        aged = s.age / max(s.age - 1.0, 1.0)
+        change = self.change.of(s.scale * rate)
+        if change >= ASKED and s.age > 3 and slope.fast < 0.0:
+            s.crossed = 1.0
+        if self.change.known and change < ASKED and not s.crossed:
+            growth = FASTEST
+        else:
+            growth = min(FASTEST, math.exp(EAGER * max(0.0, slope.significance)))
+            if change < CALM and slope.fast > TURNED:
+                growth = max(growth, aged if slope.fast >= 0.0 else math.sqrt(aged))
+        growth = min(growth, aged**AGED)
+        return max(growth, RETURN) if s.scale < s.highest_scale and slope.significance > OPPOSED else growth
+
+    def _end(self, rate: float, reason: str) -> Decision:
         """End warmup if it is time, and decide."""
         s = self.state
         if self.phase == "warmup":
-            why = self._settled(rate, losing)
+            why = self._over(rate, reason)
             if why:
                 s.settled, s.phase = s.scale, 1.0 if self.after == "guard" else 2.0
                 reason = f"warmup ended: {why}"
         return self._decision(rate, reason)
 
-    def _settled(self, rate: float, losing: bool) -> str:
+    def _over(self, rate: float, reason: str) -> str:
         """Why warmup is over, or ""."""
         s = self.state
         if self.max_warmup is not None and s.age >= self.max_warmup:
             return f"max_warmup of {self.max_warmup} steps reached at scale {s.scale:.3g}"
-        if s.readings and self.rising(rate):
-            s.highest, s.highest_scale, s.highest_age, s.highest_probes = s.scale * rate, s.scale, s.age, s.probes
-        elif losing:  # what held the rate back was not the landscape
-            s.highest_age = s.age
-        steps = SETTLED_STEPS if s.scale >= 1.0 else SETTLED_BELOW
-        old = s.age >= max(SETTLED_AGE * s.highest_age, s.highest_age + steps)
-        back = s.scale >= RECOVERED * s.highest_scale or s.age >= max(PATIENCE * s.highest_age, PATIENCE_STEPS)
-        if not s.readings and s.age >= PATIENT_STEPS:
-            return f"no probe succeeded, the rate stays at {UNMEASURED:g} of the schedule"
-        if not (s.readings and old and back and s.probes - s.highest_probes >= SETTLED_PROBES):
+        if not self._measured:
+            patient = s.age < PATIENT_STEPS
+            return "" if patient else f"no probe succeeded, the rate stays at {UNMEASURED:g} of the schedule"
+        self.ending.take(s.age, s.scale, rate)
+        if not self.ending.over(s.age, s.scale):
             return ""
-        if s.scale >= 1.0:
-            return "full rate, and the stability ratio stayed below target"
-        return f"the scale settled at {s.scale:.3g}, the landscape carries no more at this target"
+        return "full rate" if s.scale >= 1.0 else f"the scale settled at {s.scale:.3g}: {reason or SLOPE}"
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state

@@ -16,64 +16,100 @@ class ReferenceLaw:
 
     def __init__(self) -> None:
         self.phase, self.scale, self.shortening = "warmup", 0.01, 1.0
-        self.age = self.probes = self.readings = 0
-        self.curvature = self.update = 0.0  # ratio and relative update over the rate, by the last reading
-        self.share, self.tolerant, self.scale_read, self.scale_settled = 1.0, False, 0.0, 1.0
-        self.high, self.high_scale, self.high_age, self.high_probes = 0.0, 0.0, 0, 0
+        self.age = self.readings = self.slopes = 0
+        self.curvature, self.change = 0.0, 0.0  # r and RRC over the rate; 0: unknown
+        self.share, self.tolerant, self.scale_measured, self.scale_settled = 1.0, False, 0.0, 1.0
+        self.mean = self.square = self.fast = 0.0  # of e
+        self.turned, self.high_scale = False, 0.0
+        self.high, self.high_age, self.scale_high = 0.0, 0, 0.0
 
-    def step(self, rate: float, reading: Reading | None, losing: bool, surprise: float) -> tuple[float, str]:
+    def step(self, rate: float, reading: Reading | None, e: float, surprise: float) -> tuple[float, str]:
         self.age += 1
         self.shortening = min(1.0, 1.4 * self.shortening)
-        self.probes += reading is not None
+        self.slope(e)
         failed = reading is not None and not math.isfinite(reading.ratio)
         if reading is not None and not failed:
             self.readings += 1
             self.read(reading, rate)
-        if self.readings and not failed:
-            self.move(rate, reading is not None, losing)
+        if (self.readings or self.change) and not failed:
+            self.move(rate, reading)
         allowed = 2.0 if self.readings and self.scale > 0.1 * self.carried(rate) else 4.0
         if surprise > allowed:
             self.shortening = min(self.shortening, max(allowed / surprise, 0.1))
-        if self.phase == "warmup" and self.ended(rate, losing and not failed):
+        if self.phase == "warmup" and self.ended(rate):
             self.phase, self.scale_settled = "guard", self.scale
         return self.scale * self.shortening, self.phase
 
-    def carried(self, rate: float) -> float:
-        """The scale that holds the ratio at target."""
-        return 0.5 * self.share / max(self.curvature * rate, 1e-30)
+    def changed(self, change: float, rate: float) -> None:
+        """RRC of the step just made."""
+        if math.isnan(change):
+            return
+        now, before = min(change, 1e6) / rate, self.change
+        if now > 0.0:
+            before = before or now
+            self.change = before * max(now / before, 0.001) ** (0.6 if now > before else 0.5)
+        self.scale_measured = self.scale
+
+    def slope(self, e: float) -> None:
+        if not math.isnan(e):
+            self.slopes += 1
+            first = self.slopes == 1
+            self.mean += (1.0 if first else 0.1) * (e - self.mean)
+            self.square += (1.0 if first else 0.1) * (e * e - self.square)
+            self.fast += (1.0 if first else 0.2) * (e - self.fast)
 
     def read(self, reading: Reading, rate: float) -> None:
         before, now = self.curvature, max(reading.ratio, 0.0) / rate
-        averaged = reading.noisy and self.readings > 1
-        rising = now >= before and not (reading.noisy and before > 0.0)
+        rising = self.readings == 1 or (now >= before and not (reading.noisy and before > 0.0))
         self.curvature = now if rising else math.sqrt(before * max(now, 0.01 * before))
+        averaged = reading.noisy and self.readings > 1
         self.share = math.sqrt(self.share * reading.share) if averaged else reading.share
-        self.update, self.tolerant = reading.relative_update / rate, reading.tolerant
+        self.tolerant = reading.tolerant
 
-    def move(self, rate: float, probed: bool, losing: bool) -> None:
-        carried, warming = self.carried(rate), self.phase == "warmup"
-        ramp = 0.002 * self.age / max(self.update * rate, 1e-30)
-        ceiling = min(1.0, carried, ramp if warming else self.scale_settled)
-        if probed and warming and self.readings == 1:
-            self.scale = max(ceiling, 1e-4)
+    def carried(self, rate: float) -> float:
+        """The scale that holds the ratio at target."""
+        return 0.5 * self.share / max(self.curvature * rate, 1e-30) if self.readings else math.inf
+
+    def significance(self) -> float:
+        return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
+
+    def move(self, rate: float, reading: Reading | None) -> None:
+        sure = self.significance() * (1.0 - math.exp(-self.slopes / 15.0))
+        cap = 0.12 + 0.4 * max(0.0, sure - 0.5) / 0.5
+        bearable = cap / max(self.change * rate, 1e-30) if self.phase == "warmup" else self.scale_settled
+        carried = self.carried(rate)
+        ceiling = min(1.0, carried, bearable)
+        if reading is not None and self.readings == 1 and not self.change and self.phase == "warmup":
+            self.scale = max(min(ceiling, 0.002 / max(reading.relative_update, 1e-30)), 1e-5)
         elif carried * (2.0 if self.tolerant else 1.0) < self.scale:
-            self.scale = max(carried, 1e-4)
-        elif ceiling > self.scale and not losing:
-            power = max(1.0, 2.0 * math.log10(carried / self.scale))
-            grown = self.scale * (self.age / (self.age - 1)) ** power
-            self.scale = max(self.scale, min(ceiling, grown, 4.0 * self.scale_read))
-        if probed:
-            self.scale_read = self.scale
+            self.scale = max(carried, 1e-5)
+        elif 1.3 * bearable < self.scale:
+            self.scale = max(0.8 * self.scale, bearable, 1e-5)
+        elif ceiling > self.scale:
+            self.scale = max(self.scale, min(ceiling, self.scale * self.growth(rate), 4.0 * self.scale_measured))
+        if reading is not None:
+            self.scale_measured = self.scale
+        self.high_scale = max(self.high_scale, self.scale)
 
-    def ended(self, rate: float, losing: bool) -> bool:
-        if self.readings and self.scale * rate >= 1.1 * self.high:
-            self.high, self.high_scale, self.high_age, self.high_probes = (
-                self.scale * rate, self.scale, self.age, self.probes,
-            )  # fmt: skip
-        elif losing:
-            self.high_age = self.age
-        if not self.readings:
+    def growth(self, rate: float) -> float:
+        if self.phase != "warmup":
+            return 1.1
+        aged = self.age / max(self.age - 1, 1)
+        change = self.change * (self.scale * rate) if self.change else 0.03
+        self.turned = self.turned or (change >= 0.03 and self.age > 3 and self.fast < 0.0)
+        growth = 2.0
+        if change >= 0.03 or self.turned:
+            growth = min(2.0, math.exp(0.6 * max(0.0, self.significance() - 0.3) / (1.0 - 0.3)))
+            if self.turned and self.fast > -0.1 and change < 0.08:
+                growth = max(growth, math.sqrt(aged))
+        growth = min(growth, aged**4.0)
+        returning = self.scale < self.high_scale and self.significance() > -0.5
+        return max(growth, 1.1) if returning else growth
+
+    def ended(self, rate: float) -> bool:
+        if not (self.readings or self.change):
             return self.age >= 1000
+        if self.scale * rate >= 1.1 * self.high:
+            self.high, self.scale_high, self.high_age = self.scale * rate, self.scale, self.age
         old = self.age >= max(1.5 * self.high_age, self.high_age + (20 if self.scale >= 1.0 else 100))
-        back = self.scale >= 0.9 * self.high_scale or self.age >= max(4.0 * self.high_age, 200)
-        return old and back and self.probes - self.high_probes >= 2
+        return old and (self.scale >= 0.9 * self.scale_high or self.age >= max(4.0 * self.high_age, 200))

@@ -20,6 +20,7 @@ from warmctl.loss.backward import run_backward
 from warmctl.loss.marks import GradientWatch
 from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
+from warmctl.loss.replay import Replay
 from warmctl.loss.scaler import SCALED
 from warmctl.loss.source import CLOSE, EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.state import FLAG, check
@@ -60,6 +61,7 @@ class ModelCapture:
         loss: the value of the last of these, detached.
         trained_on: whether there were such passes at the last step; a loop may ignore the model's loss.
         bare: the model returned nothing else; that may be a prediction.
+        last: the last training forward of this step, whatever it returned: its arguments, and the random state before.
         scaled: a gradient scaler multiplies the loss, by however little: the weights are no part of the step's.
     """
 
@@ -98,6 +100,7 @@ class ModelCapture:
         self.weights: list[Tensor] = []
         self.loss: Tensor | None = None
         self.random_state: RandomState | None = None
+        self.last: tuple[tuple[Any, Any, list[Any]], RandomState] | None = None
         self._call: tuple[Any, Any, list[Any]] | None = None
         self._pending: tuple[tuple[Any, Any, list[Any]], RandomState] | None = None
 
@@ -109,20 +112,24 @@ class ModelCapture:
         """
         if self._call is None:
             return None
-        args, kwargs, autocast = self._call
-        weight = self.weight()
+        call, weight = self._call, self.weight()
 
         def closure() -> Tensor:
-            with ExitStack() as stack:
-                for context in autocast:
-                    stack.enter_context(torch.autocast(**context))
-                loss = find_loss(self.model(*args, **kwargs))
+            loss = find_loss(self.again(call))
             if loss is None:
                 raise RuntimeError("the model returned no loss when its forward was repeated")
             run_backward(loss, torch.full_like(loss, weight))
             return loss
 
         return closure
+
+    def again(self, call: tuple[Any, Any, list[Any]]) -> Any:
+        """The model's output for the same arguments, in the same autocast mode."""
+        args, kwargs, autocast = call
+        with ExitStack() as stack:
+            for context in autocast:
+                stack.enter_context(torch.autocast(**context))
+            return self.model(*args, **kwargs)
 
     def weight(self) -> float:
         """The sum of `weights`, or 1 where a gradient scaler has multiplied them, now or at an earlier probe."""
@@ -144,7 +151,7 @@ class ModelCapture:
     def _confirm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.enabled or self._pending is None:
             return
-        call, random_state = self._pending
+        self.last = call, random_state = self._pending
         self._pending = None
         loss = find_loss(output)
         if loss is not None:
@@ -218,6 +225,17 @@ class CapturedSource:
         # them than that one does; a sum does.
         summed = self.capture.scaled and reach > 1.05 * size
         return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0, self.capture.loss)
+
+    def forward(self, params: list[Tensor], replays: Replays) -> Replay | None:
+        """Repeats the last training forward of this step, without a loss: enough to look at representations."""
+        if self.capture.last is None:
+            return None
+        call, random_state = self.capture.last
+
+        def closure() -> None:
+            self.capture.again(call)
+
+        return replays.of(closure, params, random_state, own=True)
 
     def _compare(
         self,

@@ -14,7 +14,7 @@ from warmctl.loss.closure import ClosureRun, ClosureSource
 from warmctl.loss.live_graph import LiveGraph
 from warmctl.loss.marks import GradientWatch
 from warmctl.loss.observed import ObservedSource
-from warmctl.loss.replay import Closure
+from warmctl.loss.replay import Closure, Replay
 from warmctl.loss.source import NEVER, Replays, Source, StepLoss, Verdict
 from warmctl.warning import warn
 
@@ -67,6 +67,11 @@ class Sources:
             if source.ready and (found := source.step_loss(params, replays)) is not None:
                 return found
         return None
+
+    def forward(self, params: list[Tensor], replays: Replays) -> Replay | None:
+        """What evaluates the model again on the step's batch, whether or not it gives the loss. Cost: as `step_loss`."""
+        found = self.step_loss(params, replays) if self.verdict.repeats != NEVER else None
+        return self.captured.forward(params, replays) if found is None else found.replay
 
     @property
     def expected(self) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor
 from warmctl.distributed import sum_over_shards
 from warmctl.vectors import Vector, dense_gradient, local, products, squares
 
-MEMORY = 0.9
-"""β: a movement averaged over some ten steps, one meter for rules with and without momentum."""
+MEMORY = 0.97
+"""β: a movement averaged over some thirty steps, one meter for rules with and without momentum. Bouncing across a
+valley cancels in it."""
 
 
 class EndSlope:

@@ -233,7 +233,10 @@ class SharpnessEstimator:
         return list(torch._foreach_mul([dense_gradient(p) for p in params], root))
 
     def _relative_update(self, params: Sequence[Tensor], root: Vector) -> float:
-        """Median over weight matrices of ‖η P⁻¹ g‖ / ‖θ‖; 0 if there is none."""
+        """Median of ‖η P⁻¹ g‖ / ‖θ‖ over the weight matrices that move; 0 if there is none.
+
+        A matrix that is zero, as half of those of LoRA at the start, counts with the norm √rows of a usual one.
+        """
         matrices = [(p, r) for p, r in zip(params, root, strict=True) if p.dim() > 1 and p.numel()]
         if not matrices:
             return 0.0
@@ -242,7 +245,10 @@ class SharpnessEstimator:
         torch._foreach_mul_(updates, matrix_root)
         changes = distributed.norms(matrix_params, updates)
         sizes = distributed.norms(matrix_params, locals_of(matrix_params))
-        ratios = [change / max(size, 1e-30) for change, size in zip(changes, sizes, strict=True)]
+        usual = [size or math.sqrt(len(p)) for p, size in zip(matrix_params, sizes, strict=True)]
+        ratios = [change / size for change, size in zip(changes, usual, strict=True) if change > 0.0]
+        if not ratios:
+            return 0.0
         _, threshold = self._reference()
         weight = INCOHERENT if self._self_limiting() else 1.0
         return statistics.median(ratios) * threshold * self._momentum_share() * weight

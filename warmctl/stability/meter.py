@@ -83,6 +83,8 @@ class Meter:
         self.estimator = SharpnessEstimator(optimizer, self.rule, hvp, estimator, probe_steps)
         self.prober = Prober(model, sources, self.estimator)
         self.last: Measurement | None = None
+        self.representation_change = math.nan
+        self._look_rate: float | None = None
         self._on_graph: Measurement | None = None
         self._update: RealisedUpdate | Measurement | None = None
         self._along_last_update: Measurement | None = None
@@ -145,10 +147,27 @@ class Meter:
             found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
             self._along_last_update = self._booked(found, params)
 
+    def look(self, params: list[Tensor], rate: float) -> None:
+        """Look at the representations before an update at this applied rate, if its batch can be evaluated again."""
+        self._look_rate = rate
+        self.counts.cost += self.prober.look(params)
+
+    def changed(self) -> tuple[float, float]:
+        """By how much the update just made has moved the representations, relative to them, and at which rate.
+
+        nan if it was not looked at, or cannot be seen.
+        """
+        if self._look_rate is None:
+            return math.nan, math.nan
+        rate, self._look_rate = self._look_rate, None
+        self.representation_change, cost = self.prober.changed()
+        self.counts.cost += cost
+        return self.representation_change, rate
+
     def next_step(self) -> bool:
         """Whether this step was measured on its graph, which is forgotten."""
         measured = self._on_graph is not None
-        self._update = self._on_graph = None
+        self._update = self._on_graph = self._look_rate = None
         return measured
 
     @property

@@ -23,10 +23,13 @@ from warmctl.loss.source import Replays
 from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
+from warmctl.stability.representation import RepresentationChange
 from warmctl.vectors import Vector, add_, locals_of
 from warmctl.warning import first_line
 
 Result = TypeVar("Result")
+FORWARD = 1.0 / 3.0
+"""Cost of a forward pass, in gradient evaluations."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Prober:
         self.model, self.sources, self.estimator = model, sources, estimator
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._replays = Replays(model)
+        self._change = RepresentationChange(model)
+        self._looked_at: Replay | None = None
 
     def probe(self, params: list[Tensor], seed: int) -> Measurement:
         """Measure the coming step. Cost: the estimator's, and at the first what the source spends on its checks."""
@@ -133,6 +138,31 @@ class Prober:
         """The ratio along the update that was made at `scale`. Cost: 1 more."""
         found = self._guarded(lambda: update.measure(scale))
         return replace(found, cost=found.cost + update.cost)
+
+    def look(self, params: list[Tensor]) -> float:
+        """Look at the representations before the update; `changed` tells how far it has moved them. Returns the cost.
+
+        That is a forward pass, and what the source spends; 0 where nothing can be evaluated again.
+        """
+
+        def begin() -> float:
+            self._looked_at = self.sources.forward(params, self._replays)
+            spent = float(self._replays.spent)
+            if self._looked_at is None:
+                return spent
+            self._change.before(self._looked_at)
+            return spent + FORWARD
+
+        found = self._guarded(begin)
+        return found.cost if isinstance(found, Measurement) else found
+
+    def changed(self) -> tuple[float, float]:
+        """The relative representation change of the update made since `look`, nan if it cannot be seen; and the cost."""
+        replay, self._looked_at = self._looked_at, None
+        if replay is None:
+            return math.nan, 0.0
+        found = self._guarded(lambda: self._change.after(replay))
+        return (math.nan if isinstance(found, Measurement) else found), FORWARD
 
     def _guarded(self, work: Callable[[], Result]) -> Result | Measurement:
         """Nothing that goes wrong in `work` reaches training; what was spent until then is counted."""

@@ -48,7 +48,7 @@ class StepSignals:
         self._wait_for(UNKNOWN)
 
     def rest(self) -> None:
-        """No end slope is wanted: free its vector. The next that is wanted begins anew."""
+        """No end slope is wanted any more: free its vector. The next that is wanted begins anew."""
         self.slope.forget()
         self.end_slope = math.nan
 
@@ -58,12 +58,10 @@ class StepSignals:
 
         Args:
             loss: None if unknown.
-            end_slope: whether it is wanted.
+            end_slope: whether it is wanted at this step.
         """
-        if not end_slope:
-            self.rest()
         found = self._read(loss, params, self.slope.products(params) if end_slope else None)
-        self.end_slope = found.end_slope
+        self.end_slope = self.end_slope if math.isnan(found.end_slope) else found.end_slope
         if not found.finite:  # the vector may not be, and would never be again
             self.slope.forget()
         return found

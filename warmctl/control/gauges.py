@@ -1,0 +1,77 @@
+"""What the controller remembers of its two gauges beside curvature: how far a step moves what the network computes, and
+whether the next gradient agrees with the last steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from warmctl.state import COUNT, Allowed, FloatState, saved
+
+CHANGE = 0.12
+"""Relative change of representations that a step may make: healthy training makes .04 to .15, whatever the network,
+optimizer or rate."""
+LIFT, SURE, LIFT_AGE = 0.4, 0.5, 15.0
+"""Most that is added to it while the slope is surely positive, the significance from which on it is, and the readings
+after which that is believed."""
+CHANGE_UP, CHANGE_DOWN = 0.6, 0.5
+"""Part of the way, in log, that the change per rate follows a new one, up and down."""
+LARGEST_STEP = 1000.0
+"""A new one counts as no less than the old one over this."""
+SLOW, FAST = 0.1, 0.2
+"""Weights of the newest slope in the averages: one for its significance, one for its sign."""
+
+
+@dataclass
+class ChangeGauge(FloatState):
+    """The relative representation change (RRC) of a step, over its learning rate."""
+
+    per_rate: float = saved(math.nan, Allowed(0.0, unknown=True))
+
+    def take(self, change: float, rate: float) -> None:
+        """Args: change: RRC of a step, or inf; nan if unknown. rate: as applied to that step, above 0."""
+        found = min(change, 1e6) / rate
+        if not found > 0.0:
+            return
+        before = found if math.isnan(self.per_rate) else self.per_rate
+        follow = CHANGE_UP if found > before else CHANGE_DOWN
+        self.per_rate = before * max(found / before, 1.0 / LARGEST_STEP) ** follow
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.per_rate)
+
+    def of(self, rate: float) -> float:
+        """RRC of a step at this rate; 0 if unknown."""
+        return self.per_rate * rate if self.known else 0.0
+
+
+@dataclass
+class SlopeGauge(FloatState):
+    """Running averages of the slope e at the end of the steps."""
+
+    mean: float = saved(0.0, Allowed(-1.0, 1.0))
+    square: float = saved(0.0, Allowed(0.0, 1.0))
+    fast: float = saved(0.0, Allowed(-1.0, 1.0))
+    readings: float = saved(0.0, COUNT)
+
+    def take(self, slope: float) -> None:
+        """Args: slope: e, in [−1, 1]; nan if unknown."""
+        if math.isnan(slope):
+            return
+        self.readings += 1
+        slow, fast = (SLOW, FAST) if self.readings > 1 else (1.0, 1.0)
+        self.mean += slow * (slope - self.mean)
+        self.square += slow * (slope * slope - self.square)
+        self.fast += fast * (slope - self.fast)
+
+    @property
+    def significance(self) -> float:
+        """Mean over root mean square, in [−1, 1]: whatever the size of e in an optimizer's geometry."""
+        return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
+
+    @property
+    def allowed_change(self) -> float:
+        """RRC that a step may have: the more, the surer the next gradients agree with the last steps."""
+        sure = self.significance * (1.0 - math.exp(-self.readings / LIFT_AGE))
+        return CHANGE + LIFT * max(0.0, sure - SURE) / (1.0 - SURE)
