@@ -96,6 +96,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.cadence = Cadence(every=every, budget=budget)
         self.history = History()
         self._rates, self._signals = ScaledRates(), StepSignals()
+        self._made: tuple[str, float | None, bool, float] | None = None  # of the row of this step
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
         self._record("", keep=False)
         self._saved.announce_numbers()
@@ -217,8 +218,9 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _end_step(self, decided: bool) -> None:
         """After the update: its row, the schedule's own rates again, the batch forgotten."""
-        if decided:
+        if self._made is not None:
             self._record(*self._made)
+            self._made = None
         self._rates.restore(self.param_groups)
         measured_on_graph = self.meter.next_step()
         self.sources.next_step(measured_on_graph)

@@ -64,6 +64,7 @@ class Meter:
     Attributes:
         rule: the optimizer's update rule; None if it has none, and is measured along the updates that it makes.
         last: what the last probe found.
+        representation_change: of the last update that was looked at; nan if it could not be seen.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Meter:
     def restart(self) -> None:
         """Forget what was measured."""
         self.estimator.vector = self.last = self._along_last_update = None
+        self.representation_change = math.nan
 
     @property
     def expected_cost(self) -> float:
@@ -246,19 +248,21 @@ class Meter:
 
     def state_values(self) -> list[float]:
         method = float(METHODS.index(self.estimator.method))
-        return [method, self._rate, *Measurement.values(self.last), *Measurement.values(self._along_last_update)]
+        readings = Measurement.values(self.last), Measurement.values(self._along_last_update)
+        return [method, self._rate, self.representation_change, *readings[0], *readings[1]]
 
     def check_state_values(self, values: list[float]) -> None:
-        method, rate, *numbers = values
+        method, rate, change, *numbers = values
         methods = Allowed(among=tuple(float(index) for index in range(len(METHODS))))
         half = len(numbers) // 2
         rates = Allowed(sys.float_info.min, unknown=not numbers[half])  # a reading along an update has the rate of it
-        check([method, rate], {"method": methods, "rate": rates})
+        changes = Allowed(0.0, math.inf, unknown=True)
+        check([method, rate, change], {"method": methods, "rate": rates, "representation_change": changes})
         Measurement.check_values(numbers[:half], "last_")
         Measurement.check_values(numbers[half:], "along_last_update_")
 
     def load_state_values(self, values: list[float]) -> None:
-        method, self._rate, *values = values
+        method, self._rate, self.representation_change, *values = values
         self.estimator.method = METHODS[int(method)]
         half = len(values) // 2
         self.last = Measurement.from_values(values[:half])

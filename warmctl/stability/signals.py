@@ -108,15 +108,16 @@ class StepSignals:
         self._arrived = None
 
     def state_values(self) -> list[float]:
-        return [*self.delayed, float(not self._nothing_sent), float(self.slope.followed)]
+        return [*self.delayed, self.end_slope, float(not self._nothing_sent), float(self.slope.followed)]
 
     def check_state_values(self, values: list[float]) -> None:
         square = Allowed(0.0, math.inf, unknown=True)
         awaited = {"loss": ANYTHING, "square": square, "along": ANYTHING, "length": square}
-        check(values, {**awaited, "sent": FLAG, "followed": COUNT})
+        slope = Allowed(-1.0, 1.0, unknown=True)
+        check(values, {**awaited, "end_slope": slope, "sent": FLAG, "followed": COUNT})
 
     def load_state_values(self, values: list[float]) -> None:
-        *awaited, sent, followed = values
+        *awaited, self.end_slope, sent, followed = values
         self._wait_for(awaited, sent=bool(sent))
         self.slope.followed = int(followed)
 
