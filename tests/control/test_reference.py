@@ -80,7 +80,7 @@ def curve(run: list[Stretch], tolerant: bool, noisy: bool, seed: int) -> Iterato
 
 
 def agree(steps: Iterator[Step]) -> None:
-    controller, law = Controller(target=0.5, after="guard"), ReferenceLaw()
+    controller, law = Controller(target=0.8, after="guard"), ReferenceLaw()
     for number, (rate, reading, slope, surprise, change) in enumerate(steps, start=1):
         decision = controller.update(rate, reading, slope, surprise)
         assert (decision.scale, decision.phase) == law.step(rate, reading, slope, surprise), f"step {number}"

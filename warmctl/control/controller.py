@@ -277,14 +277,14 @@ class Controller:
             return RETURN
         aged = s.age / max(s.age - 1.0, 1.0)
         change = self.change.of(s.scale * rate)
-        if change >= ASKED and s.age > 3 and slope.fast < 0.0:
+        if change >= ASKED and s.age > 3 and slope.mean < 0.0:
             s.crossed = 1.0
         if self.change.known and change < ASKED and not s.crossed:
             growth = FASTEST
         else:
             growth = min(FASTEST, math.exp(EAGER * max(0.0, slope.significance)))
-            if change < CALM and slope.fast > TURNED:
-                growth = max(growth, aged if slope.fast >= 0.0 else math.sqrt(aged))
+            if change < CALM and slope.mean > TURNED:
+                growth = max(growth, aged if slope.mean >= 0.0 else math.sqrt(aged))
         growth = min(growth, aged**AGED)
         return max(growth, RETURN) if s.scale < s.highest_scale and slope.significance > OPPOSED else growth
 

@@ -14,28 +14,24 @@ optimizer or rate."""
 LIFT, SURE, LIFT_AGE = 0.4, 0.5, 15.0
 """Most that is added to it while the slope is surely positive, the significance from which on it is, and the readings
 after which that is believed."""
-CHANGE_UP, CHANGE_DOWN = 0.6, 0.5
-"""Part of the way, in log, that the change per rate follows a new one, up and down."""
-LARGEST_STEP = 1000.0
-"""A new one counts as no less than the old one over this."""
-SLOW, FAST = 0.1, 0.2
-"""Weights of the newest slope in the averages: one for its significance, one for its sign."""
+LARGEST_FALL = 1e-3
+"""A new change per rate counts as no less than this part of the old one."""
+NEWEST = 0.1
+"""Weight of the newest slope in its averages."""
 
 
 @dataclass
 class ChangeGauge(FloatState):
-    """The relative representation change (RRC) of a step, over its learning rate."""
+    """The relative representation change (RRC) of a step over its learning rate: the mean, in log, of old and new."""
 
     per_rate: float = saved(math.nan, Allowed(0.0, unknown=True))
 
     def take(self, change: float, rate: float) -> None:
         """Args: change: RRC of a step, or inf; nan if unknown. rate: as applied to that step, above 0."""
         found = min(change, 1e6) / rate
-        if not found > 0.0:
-            return
-        before = found if math.isnan(self.per_rate) else self.per_rate
-        follow = CHANGE_UP if found > before else CHANGE_DOWN
-        self.per_rate = before * max(found / before, 1.0 / LARGEST_STEP) ** follow
+        if found > 0.0:
+            before = self.per_rate if self.known else found
+            self.per_rate = math.sqrt(before * max(found, LARGEST_FALL * before))
 
     @property
     def known(self) -> bool:
@@ -52,7 +48,6 @@ class SlopeGauge(FloatState):
 
     mean: float = saved(0.0, Allowed(-1.0, 1.0))
     square: float = saved(0.0, Allowed(0.0, 1.0))
-    fast: float = saved(0.0, Allowed(-1.0, 1.0))
     readings: float = saved(0.0, COUNT)
 
     def take(self, slope: float) -> None:
@@ -60,10 +55,9 @@ class SlopeGauge(FloatState):
         if math.isnan(slope):
             return
         self.readings += 1
-        slow, fast = (SLOW, FAST) if self.readings > 1 else (1.0, 1.0)
-        self.mean += slow * (slope - self.mean)
-        self.square += slow * (slope * slope - self.square)
-        self.fast += fast * (slope - self.fast)
+        weight = NEWEST if self.readings > 1 else 1.0
+        self.mean += weight * (slope - self.mean)
+        self.square += weight * (slope * slope - self.square)
 
     @property
     def significance(self) -> float:

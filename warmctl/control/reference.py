@@ -12,14 +12,14 @@ from warmctl.control.controller import Reading
 
 
 class ReferenceLaw:
-    """Target 0.5, guard after warmup. `step` takes what `Controller.update` takes; it returns scale and phase."""
+    """Target 0.8, guard after warmup. `step` takes what `Controller.update` takes; it returns scale and phase."""
 
     def __init__(self) -> None:
         self.phase, self.scale, self.shortening = "warmup", 0.01, 1.0
         self.age = self.readings = self.slopes = 0
         self.curvature, self.change = 0.0, 0.0  # r and RRC over the rate; 0: unknown
         self.share, self.tolerant, self.scale_measured, self.scale_settled = 1.0, False, 0.0, 1.0
-        self.mean = self.square = self.fast = 0.0  # of e
+        self.mean = self.square = 0.0  # of e
         self.turned, self.high_scale = False, 0.0
         self.high, self.high_age, self.scale_high = 0.0, 0, 0.0
 
@@ -44,19 +44,18 @@ class ReferenceLaw:
         """RRC of the step just made."""
         if math.isnan(change):
             return
-        now, before = min(change, 1e6) / rate, self.change
+        now = min(change, 1e6) / rate
         if now > 0.0:
-            before = before or now
-            self.change = before * max(now / before, 0.001) ** (0.6 if now > before else 0.5)
+            before = self.change or now
+            self.change = math.sqrt(before * max(now, 0.001 * before))
         self.scale_measured = self.scale
 
     def slope(self, e: float) -> None:
         if not math.isnan(e):
             self.slopes += 1
-            first = self.slopes == 1
-            self.mean += (1.0 if first else 0.1) * (e - self.mean)
-            self.square += (1.0 if first else 0.1) * (e * e - self.square)
-            self.fast += (1.0 if first else 0.2) * (e - self.fast)
+            weight = 0.1 if self.slopes > 1 else 1.0
+            self.mean += weight * (e - self.mean)
+            self.square += weight * (e * e - self.square)
 
     def read(self, reading: Reading, rate: float) -> None:
         before, now = self.curvature, max(reading.ratio, 0.0) / rate
@@ -68,7 +67,7 @@ class ReferenceLaw:
 
     def carried(self, rate: float) -> float:
         """The scale that holds the ratio at target."""
-        return 0.5 * self.share / max(self.curvature * rate, 1e-30) if self.readings else math.inf
+        return 0.8 * self.share / max(self.curvature * rate, 1e-30) if self.readings else math.inf
 
     def significance(self) -> float:
         return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
@@ -81,7 +80,7 @@ class ReferenceLaw:
         ceiling = min(1.0, carried, bearable)
         if reading is not None and self.readings == 1 and not self.change and self.phase == "warmup":
             self.scale = max(min(ceiling, 0.002 / max(reading.relative_update, 1e-30)), 1e-5)
-        elif carried * (2.0 if self.tolerant else 1.0) < self.scale:
+        elif carried * (1.25 if self.tolerant else 1.0) < self.scale:
             self.scale = max(carried, 1e-5)
         elif 1.3 * bearable < self.scale:
             self.scale = max(0.8 * self.scale, bearable, 1e-5)
@@ -95,13 +94,13 @@ class ReferenceLaw:
         if self.phase != "warmup":
             return 1.1
         aged = self.age / max(self.age - 1, 1)
-        change = self.change * (self.scale * rate) if self.change else 0.03
-        self.turned = self.turned or (change >= 0.03 and self.age > 3 and self.fast < 0.0)
+        change = self.change * (self.scale * rate)
+        self.turned = self.turned or (change >= 0.03 and self.age > 3 and self.mean < 0.0)
         growth = 2.0
-        if change >= 0.03 or self.turned:
-            growth = min(2.0, math.exp(0.6 * max(0.0, self.significance() - 0.3) / (1.0 - 0.3)))
-            if self.turned and self.fast > -0.1 and change < 0.08:
-                growth = max(growth, math.sqrt(aged))
+        if not self.change or change >= 0.03 or self.turned:
+            growth = min(2.0, math.exp(0.6 * max(0.0, self.significance())))
+            if change < 0.08 and self.mean > -0.1:
+                growth = max(growth, aged if self.mean >= 0.0 else math.sqrt(aged))
         growth = min(growth, aged**4.0)
         returning = self.scale < self.high_scale and self.significance() > -0.5
         return max(growth, 1.1) if returning else growth
