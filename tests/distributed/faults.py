@@ -45,7 +45,7 @@ class Faulty(Regressor):
             out = layer(out)
             if index == 1:
                 out = self.go_wrong(out, evaluation)
-        return {"loss": nn.functional.mse_loss(out, y)}
+        return out if self.on_graph else {"loss": nn.functional.mse_loss(out, y)}  # or the loss would be captured
 
     def go_wrong(self, out: Tensor, evaluation: int) -> Tensor:
         if self.on_graph:
@@ -113,7 +113,8 @@ def train(source: str, error: str, at: tuple[int, ...], evaluation: int, place: 
 def one_step(model: nn.Module, opt: Any, batch: tuple[Tensor, Tensor], source: str) -> None:
     def closure() -> Tensor:
         opt.zero_grad()
-        loss: Tensor = model(*batch)["loss"]
+        out = model(*batch)
+        loss: Tensor = out["loss"] if isinstance(out, dict) else nn.functional.mse_loss(out, batch[1])
         opt.backward(loss) if source == "backward" else loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -122,12 +123,7 @@ def one_step(model: nn.Module, opt: Any, batch: tuple[Tensor, Tensor], source: s
         return
     if source == "observed":
         opt.observe(batch)
-    if source == "backward":  # the model's own loss would be captured
-        x, y = batch
-        opt.zero_grad()
-        opt.backward(model(x, y)["loss"] * 1.5)
-    else:
-        closure()
+    closure()
     opt.step()
 
 
@@ -147,7 +143,10 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     results: dict[str, Any] = {}
-    wanted = [name for name in cases() if all(word in name.split() for word in sys.argv[1:])]
+    words = set(sys.argv[1:]) - {"quick"}
+    wanted = [name for name in cases() if words <= set(name.split())]
+    if "quick" in sys.argv:
+        wanted = [name for name in wanted if "all" not in name.split() and "KeyError" not in name.split()]
     for name in wanted:
         try:
             found: Any = train(*cases()[name])

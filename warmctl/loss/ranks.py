@@ -51,12 +51,15 @@ class Ranks:
             for replica in self._found_replicas():
                 stack.enter_context(_bare(replica))
             for module in self.model.modules():
-                if isinstance(module, sharded):
-                    stack.callback(module.reshard)  # after a forward pass alone the root's weights stay as they were
-                elif not isinstance(module, nn.SyncBatchNorm):
-                    continue
-                stack.callback(module.register_forward_pre_hook(_meet, prepend=True).remove)
-            yield
+                if isinstance(module, (sharded, nn.SyncBatchNorm)):
+                    stack.callback(module.register_forward_pre_hook(_meet, prepend=True).remove)
+            complete = False
+            try:
+                yield
+                complete = torch.is_grad_enabled()
+            finally:
+                if not complete:
+                    _end_iteration(self.model, sharded)
 
     def _found_replicas(self) -> list[DistributedDataParallel]:
         """Every DDP module that a parameter of the model is in; a closure may call one that holds the model."""
@@ -67,6 +70,22 @@ class Ranks:
             known = [m for m in modules if any(id(p) in params for p in m.parameters())]
             self._replicas = [weakref.ref(replica) for replica in known if replica is not None]
         return [replica for replica in known if replica is not None]
+
+
+def _end_iteration(model: nn.Module, sharded: Any) -> None:
+    """What the end of a backward pass does in FSDP2: all weights are sharded again, and the next pass begins anew.
+
+    Without it the root, which keeps its weights between the passes, would go on with those of this evaluation.
+    """
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, sharded) and module not in inside:
+            inside.update(module.modules())
+            fsdp: Any = module
+            if hasattr(fsdp, "reset_iter_state"):
+                fsdp.reset_iter_state()
+            else:  # torch before 2.13
+                fsdp._get_fsdp_state()._root_post_backward_final_callback()
 
 
 @_disable_dynamo
