@@ -39,7 +39,7 @@ def run(processes: int, *words: str) -> dict[str, list[dict[str, Any]]]:
 
 def check(results: dict[str, list[dict[str, Any]]], name: str) -> None:
     """All ranks took the same fallback at the step of the fault and measured again; the training is the bare one's."""
-    place, source, error, when, evaluation = name.split()
+    place, source, error, when, _ = name.split()
     ranks = results[name]
     for found in ranks:
         assert "error" not in found, found["error"]

@@ -43,7 +43,7 @@ class ClosureSource:
 
     @property
     def ready(self) -> bool:
-        return self.run is not None and self.verdict.repeats != NEVER
+        return self.run is not None and not self.run.skipped and self.verdict.repeats != NEVER
 
     def forget(self) -> None:
         self.run = None

@@ -68,6 +68,12 @@ class Sources:
         """Whether a loss of the coming step can be evaluated again, as far as is known before it is tried."""
         return any(source.ready for source in self.in_order())
 
+    @property
+    def skipped(self) -> bool:
+        """The closure of this step called no backward, and no other source has its loss."""
+        run = self.closure.run
+        return run is not None and run.skipped and not self.ready and not self.graph.passes
+
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
         """That loss, from the first source that has it. Cost: at most 2, at the first probe."""
         for source in self.in_order():
@@ -114,13 +120,15 @@ class Sources:
         return evaluate
 
     def _watched(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Any:
-        self.captured.capture.remove()  # the closure is the better source
         instead = self.verdict.repeats == NEVER or self.verdict.failures > 0
         live = backward_on_graph if instead and not distributed.is_sharded(self.params) else None  # no exact product
         run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
         self.in_closure = True
         try:
             loss = run.evaluate()
+            if not run.skipped:
+                self.captured.capture.remove()  # the closure is the better source
+                self.captured.forget()
             decide(run.loss)
         finally:
             self.in_closure = False
