@@ -1,12 +1,18 @@
 """What all ranks must agree on: gradients averaged over ranks, inner products over shards, one decision.
 
 Without an initialised process group, or with a single rank, everything here does nothing.
+
+Inside a `transaction` every collective begins with a meeting of all ranks, at which one that has failed is missed: none
+waits for what another will never send.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -25,6 +31,112 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
     return any(hasattr(p, "_local_tensor") for p in params)
 
 
+class OnAnotherRank(RuntimeError):
+    """What this rank was about failed on another one, or took another course there."""
+
+
+class _Apart(BaseException):
+    """The ranks are apart, until all are back at transaction number `depth`. No handler on the way may keep it."""
+
+    def __init__(self, depth: int, rank: int | None) -> None:
+        super().__init__("it took another course on another rank" if rank is None else f"it failed on rank {rank}")
+        self.depth = depth
+
+
+class _Meeting:
+    """Where the ranks of one outermost transaction meet.
+
+    Attributes:
+        depth: of the innermost transaction; the outermost has 0.
+        evaluations: of the loss begun so far, a part of every place.
+        apart: what has been raised, for code that kept it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.depth, self.evaluations = -1, 0
+        self.apart: _Apart | None = None
+        self._sent = torch.zeros(4, dtype=torch.int64, device=device)  # there is no memory for it when it runs out
+
+    def at(self, place: str, failed: bool = False) -> None:
+        """All ranks are at this place, none has failed; else raises `_Apart`, on all of them."""
+        if self.apart is not None:
+            raise self.apart
+        self.apart = _Apart(0, None)  # unless there is an answer
+        here = zlib.crc32(f"{place} {self.evaluations} {self.depth}".encode())
+        self._sent.copy_(torch.tensor([here, -here, -self.depth, (dist.get_rank() + 1) * failed]))
+        dist.all_reduce(self._sent, dist.ReduceOp.MAX)
+        high, low, shallowest, rank = self._sent.tolist()
+        self.apart = None
+        if rank or high != -low:
+            self.apart = _Apart(-shallowest if rank else 0, rank - 1 if rank else None)
+            raise self.apart
+
+    def back(self, depth: int) -> None:
+        """All ranks are at the end of a transaction again; raises `_Apart` where they went apart outside of it."""
+        assert self.apart is not None
+        if self.apart.depth < depth:
+            raise self.apart
+        self.apart = None
+
+
+class _Here(threading.local):
+    meeting: _Meeting | None = None
+
+
+_here = _Here()
+
+
+@contextmanager
+def transaction(device: torch.device) -> Iterator[None]:
+    """What is inside is done on every rank or fails on every rank. To be entered by all ranks.
+
+    Where it fails, with an Exception, that goes on; the other ranks raise OnAnotherRank. Transactions nest: after the
+    inner one has failed all ranks go on in the outer one.
+
+    Cost: one small collective for each collective inside, and one at the end.
+    """
+    if world_size() == 1:
+        yield
+        return
+    meeting = _here.meeting = _here.meeting or _Meeting(device)
+    meeting.depth += 1
+    depth = meeting.depth
+    try:
+        try:
+            yield
+            meeting.at("the end")
+        except Exception:
+            try:
+                meeting.at("", failed=True)
+            except _Apart:
+                meeting.back(depth)
+            raise
+    except _Apart as apart:
+        meeting.back(depth)
+        raise OnAnotherRank(str(apart)) from None
+    finally:
+        meeting.depth -= 1
+        if depth == 0:
+            _here.meeting = None
+
+
+def meet(place: str) -> None:
+    """Before a collective inside a transaction: go on once every rank has come to the same place."""
+    if _here.meeting is not None:
+        _here.meeting.at(place)
+
+
+def begin_evaluation() -> None:
+    """What follows inside a transaction belongs to another evaluation of the loss."""
+    if _here.meeting is not None:
+        _here.meeting.evaluations += 1
+
+
+def everywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so on every rank."""
+    return here if world_size() == 1 else agree([float(here)], device)[0] == 1.0
+
+
 @torch.no_grad()
 def average_(vector: Vector) -> None:
     """Mean over ranks in place, one collective per dtype and device.
@@ -34,9 +146,11 @@ def average_(vector: Vector) -> None:
     world = world_size()
     if world == 1:
         return
-    for kind in dict.fromkeys((t.dtype, t.device) for t in vector):
-        members = [t for t in vector if (t.dtype, t.device) == kind]
-        flat = torch.cat([t.flatten() for t in members])
+    kinds = dict.fromkeys((t.dtype, t.device) for t in vector)
+    grouped = [[t for t in vector if (t.dtype, t.device) == kind] for kind in kinds]
+    flats = [torch.cat([t.flatten() for t in members]) for members in grouped]  # may run out of memory: before meeting
+    meet("gradient")
+    for members, flat in zip(grouped, flats, strict=True):
         dist.all_reduce(flat)
         flat /= world
         parts = torch.split(flat, [t.numel() for t in members])
@@ -51,6 +165,7 @@ def averager(params: Sequence[Tensor]) -> Callable[[Vector], None] | None:
 def average(values: Tensor) -> Tensor:
     """Mean over ranks, the same on every rank to the last bit. One small collective; waits for nothing."""
     if world_size() > 1:
+        meet("average")
         dist.all_reduce(values)
         values /= world_size()
     return values
@@ -76,6 +191,7 @@ def largest(value: float, device: torch.device) -> float:
     if world_size() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    meet("largest")
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return float(tensor)
 

@@ -16,6 +16,7 @@ from warmctl import arguments
 from warmctl.checkpoint import AVERAGE, VECTOR, SavedState
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
+from warmctl.loss.nonfinite import SKIPPED
 from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
@@ -28,6 +29,7 @@ from warmctl.stability.signals import StepSignals
 from warmctl.state import Counts, Saved
 
 log = logging.getLogger("warmctl")
+BESIDE = "scheduled_lr", "loss", "probed"
 NO_PROBE_YET = math.nan, math.nan, math.nan
 NOT_FINITE = Reading(math.nan, reason="the loss or its gradient is not finite")
 
@@ -60,6 +62,7 @@ class AdaptiveWarmup(OptimizerProxy):
             of a controlled run; `every=10` with `after="guard"` measures evenly.
         max_warmup: steps after which warmup ends in any case.
         seed: of the random component of a warm start, where the solver takes one.
+        skip_nonfinite: leave out a step whose loss or gradient is not finite; else it is made, with a warning.
 
     Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
     differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one, 2 `probe_steps` + 3
@@ -84,13 +87,14 @@ class AdaptiveWarmup(OptimizerProxy):
         control: bool = True,
         max_warmup: int | None = None,
         seed: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
         arguments.wrapped(optimizer, model)
         arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         super().__init__(optimizer)
         self.model, self.control = model, control
         self.counts = Counts()
-        self.sources = Sources(model, self.trainable, loss_fn)
+        self.sources = Sources(model, self.trainable, loss_fn, skip_nonfinite)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence = Cadence(every=every, budget=budget)
@@ -121,8 +125,7 @@ class AdaptiveWarmup(OptimizerProxy):
         one rate and no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`,
         `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
         """
-        beside = ("scheduled_lr", "loss", "probed")
-        return {name: value for name, value in self._row._asdict().items() if name not in beside}
+        return {name: value for name, value in self._row._asdict().items() if name not in BESIDE}
 
     def __repr__(self) -> str:
         name = type(self.base).__name__
@@ -147,10 +150,10 @@ class AdaptiveWarmup(OptimizerProxy):
             if closure is None:
                 if not skipped:  # a GradScaler takes no closure
                     self._decide(self.sources.loss)
-                result: Any = self.base.step()
+                result: Any = self.sources.nonfinite.step(self.base.step)
             else:  # the base calls it before it reads its rates; the first call runs `_decide`
-                on_graph = None if self.phase == "done" else self._backward_on_graph  # None: it is not watched either
-                result = self.base.step(self.sources.deciding(closure, self._decide, on_graph))
+                live = None if self.phase == "done" else self._backward_on_graph  # None: it is not watched either
+                result = self.sources.nonfinite.step(self.base.step, self.sources.deciding(closure, self._decide, live))
             self.meter.after_update(self._applied_scale, self.sources.params)  # if `read` has asked for it
             self.controller.changed(*self.meter.changed())
             self._saved.stepped = True
@@ -165,15 +168,16 @@ class AdaptiveWarmup(OptimizerProxy):
 
         The loss is the step's, detached; None if unknown.
         """
-        rate, params = largest_rate(self.param_groups), self.sources.params
+        rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
         evaluations = self.sources.evaluations
         self.counts.steps += 1
         self.counts.gradients += evaluations
+        if self.sources.nonfinite.look(loss, params):
+            return self._record(SKIPPED)
         if self.phase == "done":
-            self._coast(rate, loss)
-            return
+            return self._coast(rate, loss)
         warming = self.phase == "warmup"
         if not warming:
             self._signals.rest()
@@ -183,7 +187,7 @@ class AdaptiveWarmup(OptimizerProxy):
         due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
-        before = self.phase
+        self.sources.nonfinite.make(finite)
         decision = self.controller.update(rate, reading, slope, self.cadence.surprise)
         if self.phase != before:
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
@@ -222,8 +226,7 @@ class AdaptiveWarmup(OptimizerProxy):
             self._record(*self._made)
             self._made = None
         self._rates.restore(self.param_groups)
-        measured_on_graph = self.meter.next_step()
-        self.sources.next_step(measured_on_graph)
+        self.sources.next_step(measured_on_graph=self.meter.next_step())
         self._take_back_scaler()
         if not decided and largest_rate(self.param_groups) <= 0.0:
             self._row: StepRow = self._row._replace(lr=0.0)
@@ -237,7 +240,13 @@ class AdaptiveWarmup(OptimizerProxy):
         sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else NO_PROBE_YET
         self._row = StepRow(
             *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
-            *(self.meter.representation_change, self._signals.end_slope, self.controller.target, residual, int(counts.hvps)),
+            *(
+                self.meter.representation_change,
+                self._signals.end_slope,
+                self.controller.target,
+                residual,
+                int(counts.hvps),
+            ),
             *(int(counts.probes), counts.overhead, probed, reason),
         )
         if keep:
@@ -257,9 +266,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def restart(self) -> None:
         """Begin warmup again from here."""
-        self.controller.restart()
-        self.cadence.restart()
-        self.meter.restart()
+        for part in (self.controller, self.cadence, self.meter):
+            part.restart()
         self._signals.rest()
         self.sources.wake()
 

@@ -113,7 +113,13 @@ def test_the_controller_is_the_law_where_probes_fail_first(
 ) -> None:
     def steps() -> Iterator[Step]:
         for step in range(failing):
-            yield 0.1, Reading(math.nan) if step % every == 0 else None, math.nan, 3.0 if step % 97 == 0 else 1.0, math.nan
+            yield (
+                0.1,
+                Reading(math.nan) if step % every == 0 else None,
+                math.nan,
+                3.0 if step % 97 == 0 else 1.0,
+                math.nan,
+            )
         if run:
             yield from curve(run, False, False, seed)
 

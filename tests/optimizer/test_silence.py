@@ -36,7 +36,8 @@ def spoken(before: int, steps: int, control: bool, every: int | str = "auto") ->
             else:
                 plain_step(opt, model, index)
     assert not control or opt.metrics["scale"] < 0.1
-    return [str(w.message) for w in caught if "warmctl" in str(w.message)]
+    said = [str(w.message) for w in caught if "warmctl" in str(w.message)]
+    return [message for message in said if "not finite" not in message]  # the rate is far too high, and not scaled
 
 
 def test_plain_steps_of_manual_optimization() -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from warmctl.control.ending import Ending
 from warmctl.control.gauges import ChangeGauge, SlopeGauge
-from warmctl.state import COUNT, FLAG, POSITIVE, SHARE, Allowed, FloatState, saved
+from warmctl.state import COUNT, FLAG, SHARE, Allowed, FloatState, saved
 
 FLOOR = 1e-5
 """Smallest scale: a loop must not feed itself down to a standstill."""

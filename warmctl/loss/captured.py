@@ -200,7 +200,8 @@ class CapturedSource:
         closure = self.capture.closure()
         if closure is None:
             return None
-        present = [dense_gradient(p) for p in params] if self.watch.untouched else None
+        untouched = distributed.everywhere(self.watch.untouched, params[0].device)
+        present = [dense_gradient(p) for p in params] if untouched else None
         replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = len(self.capture.weights) == 1
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass

@@ -43,7 +43,7 @@ class ClosureSource:
 
     @property
     def ready(self) -> bool:
-        return self.run is not None and self.verdict.repeats != NEVER
+        return self.run is not None and not self.run.skipped and self.verdict.repeats != NEVER
 
     def forget(self) -> None:
         self.run = None
@@ -56,7 +56,8 @@ class ClosureSource:
         run = self.run
         if run is None:
             return None
-        gradient = [dense_gradient(p) for p in params] if run.untouched else None
+        untouched = distributed.everywhere(run.untouched, params[0].device)
+        gradient = [dense_gradient(p) for p in params] if untouched else None
         weight = run.weight
         if self.verdict.untried:
             self._check(run, gradient, params, replays)
@@ -76,6 +77,8 @@ class ClosureSource:
             replays.of(run.closure, params, run.random_state).verify(loss, gradient)
         except (torch.OutOfMemoryError, MemoryError):
             raise
+        except distributed.OnAnotherRank:
+            differs, why_not = [0.0, 1.0], ON_ANOTHER_RANK
         except NotReplayable as error:
             differs, why_not = [1.0, 0.0], NOT_REPLAYABLE.format(error=error)
         except Exception as error:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from warmctl import distributed
 from warmctl.loss.backward import (
     as_list,
     check_loss,
@@ -30,6 +31,7 @@ from warmctl.loss.backward import (
 )
 from warmctl.loss.no_trace import no_trace, set_aside
 from warmctl.loss.random_state import RandomState
+from warmctl.loss.ranks import Ranks
 from warmctl.vectors import Vector, add_, dot, local
 
 Closure = Callable[[], Any]
@@ -66,6 +68,15 @@ def _with_grads_if_needed(evaluate: Callable[[Replay], T]) -> Callable[[Replay],
     return evaluate_again
 
 
+def _on_every_rank(evaluate: Callable[[Replay], T]) -> Callable[[Replay], T]:
+    @functools.wraps(evaluate)
+    def evaluate_together(replay: Replay) -> T:
+        with replay.on_every_rank():
+            return evaluate(replay)
+
+    return evaluate_together
+
+
 class Replay:
     """A loss that can be evaluated again and again, always from the same random state.
 
@@ -76,13 +87,14 @@ class Replay:
         random_state: the streams at the start of the evaluation to repeat; the present ones if omitted.
         reduce: called on a finished gradient, in place; averages over ranks where the closure does not.
         own: the closure asks for its backward passes by `run_backward`.
+        ranks: where all ranks evaluate it at once: it gives its result on every rank then, or raises on every rank.
 
     Attributes:
         precision: the coarsest machine epsilon of the forward pass, known after the first `gradient`: that
             of the parameters, or of bfloat16 or float16 where autocast is on. Compiled code hides it.
-
-        expected: the loss of the step, and its gradient if that is known; a `gradient` that is farther from it than a
-            small step could lead raises ArithmeticError.
+        compares: an evaluation raises ArithmeticError if it cannot be the loss of the step, near its parameters.
+        expected: that loss, and its gradient if it is known; where the loss is not, the first evaluation's.
+        moving: the gradient of the step is not zero.
 
     While the closure runs, and after its backward, every `.grad` is None; or zero if it turns out that the
     closure cannot do without (clip_grad_value_, say), which costs one parameter-sized vector while it runs.
@@ -96,13 +108,15 @@ class Replay:
         random_state: RandomState | None = None,
         reduce: Callable[[Vector], None] | None = None,
         own: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.closure = closure
         self.params = list(params)
         self.module = module
         self.random_state = random_state or RandomState({p.device for p in params})
-        self.reduce, self.own = reduce, own
-        self.expected: tuple[float, Vector | None] | None = None
+        self.reduce, self.own, self.ranks = reduce, own, ranks
+        self.compares, self.moving = False, False
+        self.expected: tuple[float, Vector | None] = math.nan, None
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
         self._needs_grads = self._intercepted = False
@@ -124,6 +138,11 @@ class Replay:
         """Whether `precision` is known: a gradient has been computed."""
         return self._bystanders is not None
 
+    def on_every_rank(self) -> AbstractContextManager[None]:
+        """What is inside is done on every rank or raises on every rank, as each evaluation does by itself."""
+        return nullcontext() if self.ranks is None else self.ranks.together(self.params)
+
+    @_on_every_rank
     @_with_grads_if_needed
     def gradient(self) -> tuple[float, Vector]:
         """The loss and its gradient (dense, this process's shards), by a real backward pass. Cost: 1."""
@@ -147,22 +166,30 @@ class Replay:
         loss = self._evaluate(collect)
         if not total:
             raise ValueError(NO_BACKWARD)
+        value = _as_float(loss)
+        if self.compares:
+            self._compare(value, total)  # this rank's loss and gradient
         if self.reduce is not None:
             self.reduce(total)
-        value = _as_float(loss)
-        if self.expected is not None:
-            self._compare(value, total, *self.expected)
         return value, total
 
-    def _compare(self, loss: float, gradient: Vector, before: float, at_rest: Vector | None) -> None:
+    def _compare(self, loss: float, gradient: Vector | None = None) -> None:
+        before, at_rest = self.expected
+        if math.isnan(before):
+            if self.moving and loss == 0.0 and (gradient is None or dot(gradient, gradient) == 0.0):
+                raise ArithmeticError("the probe saw a loss of zero that has no gradient, the step has one")
+            self.expected = loss, gradient
+            return
         gap = abs(loss - before)
         if not gap > FAR * abs(before):  # what is not finite is noticed elsewhere
             return
         shards = [local(p.detach()) for p in self.params]
-        slope = max(dot(g, g) for g in (gradient, at_rest) if g is not None)
-        if gap > REACH * math.sqrt(max(dot(shards, shards), 1.0) * slope):
+        slope = max((dot(g, g) for g in (gradient, at_rest) if g is not None), default=0.0)
+        parts = distributed.world_size() if distributed.is_sharded(self.params) else 1  # a rank has its shards alone
+        if gap > REACH * parts * math.sqrt(max(dot(shards, shards), 1.0) * slope):
             raise ArithmeticError(f"the probe saw a loss of {loss:.6g}, the step one of {before:.6g}")
 
+    @_on_every_rank
     def loss(self) -> Tensor:
         """The loss with its graph alive, by twice differentiable kernels. Cost: one forward pass."""
         with self.untouched():
@@ -180,11 +207,14 @@ class Replay:
                 parts.append((output if weight is None else output * weight).sum())
 
         with twice_differentiable():
-            self._run(keep)
+            loss = self._run(keep)
         if not parts:
             raise ValueError(NO_BACKWARD)
+        if self.compares:
+            self._compare(_as_float(loss))
         return torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in parts]).sum()
 
+    @_on_every_rank
     @_with_grads_if_needed
     def value(self) -> float:
         """The loss alone, without gradient. Cost: one forward pass, about a third of a gradient."""
@@ -223,6 +253,7 @@ class Replay:
 
     def _run(self, on_backward: Callable[..., None]) -> Any:
         def handle(*args: Any, **kwargs: Any) -> None:
+            distributed.meet("backward")
             for p in self.params:
                 p.grad = None
             on_backward(*args, **kwargs)
@@ -235,7 +266,7 @@ class Replay:
         self._intercepted = False
         torch.clear_autocast_cache()
         try:
-            with intercept_backward(handle, self.own):
+            with self.ranks.evaluation() if self.ranks else nullcontext(), intercept_backward(handle, self.own):
                 self.random_state.restore()
                 return self.closure()
         finally:
@@ -268,4 +299,6 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _as_float(loss: Any) -> float:
+    while isinstance(loss, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(loss):
+        loss = torch._C._functorch.get_unwrapped(loss)  # of the primal, which is one, in torch.func transforms
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss) if loss is not None else math.nan

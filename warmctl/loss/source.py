@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from warmctl import distributed
 from warmctl.loss.random_state import RandomState
+from warmctl.loss.ranks import Ranks
 from warmctl.loss.replay import Closure, Replay
 from warmctl.state import Allowed, check
 from warmctl.vectors import Vector
@@ -106,6 +107,7 @@ class Replays:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.spent = model, 0
+        self.ranks = Ranks(model)
 
     def of(self, closure: Closure, params: list[Tensor], random_state: RandomState | None, own: bool = False) -> Replay:
         """Args: own: the closure asks for its backward pass by `run_backward`."""
@@ -114,4 +116,4 @@ class Replays:
             self.spent += 1
             return closure()
 
-        return Replay(counted, params, self.model, random_state, distributed.averager(params), own)
+        return Replay(counted, params, self.model, random_state, distributed.averager(params), own, self.ranks)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from warmctl import distributed
 from warmctl.loss.captured import CapturedSource
 from warmctl.loss.closure import ClosureRun, ClosureSource
 from warmctl.loss.live_graph import LiveGraph
 from warmctl.loss.marks import GradientWatch
+from warmctl.loss.nonfinite import NonfiniteSteps
 from warmctl.loss.observed import ObservedSource
 from warmctl.loss.replay import Closure, Replay
 from warmctl.loss.source import NEVER, Replays, Source, StepLoss, Verdict
@@ -42,7 +44,11 @@ class Sources:
     """
 
     def __init__(
-        self, model: nn.Module, params: list[Tensor], loss_fn: Callable[[nn.Module, Any], Tensor] | None
+        self,
+        model: nn.Module,
+        params: list[Tensor],
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.verdict = Verdict()
         self.watch = GradientWatch(params)
@@ -50,6 +56,7 @@ class Sources:
         self.observed = ObservedSource(model, loss_fn)
         self.captured = CapturedSource(model, self.verdict, self.watch)
         self.graph = LiveGraph()
+        self.nonfinite = NonfiniteSteps(skip_nonfinite)
         self.in_closure = False
 
     def in_order(self) -> tuple[Source, ...]:
@@ -60,6 +67,12 @@ class Sources:
     def ready(self) -> bool:
         """Whether a loss of the coming step can be evaluated again, as far as is known before it is tried."""
         return any(source.ready for source in self.in_order())
+
+    @property
+    def skipped(self) -> bool:
+        """The closure of this step called no backward, and no other source has its loss."""
+        run = self.closure.run
+        return run is not None and run.skipped and not self.ready and not self.graph.passes
 
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
         """That loss, from the first source that has it. Cost: at most 2, at the first probe."""
@@ -112,12 +125,15 @@ class Sources:
         return evaluate
 
     def _watched(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Any:
-        self.captured.capture.remove()  # the closure is the better source
-        live = backward_on_graph if self.verdict.repeats == NEVER or self.verdict.failures else None
+        instead = self.verdict.repeats == NEVER or self.verdict.failures > 0
+        live = backward_on_graph if instead and not distributed.is_sharded(self.params) else None  # no exact product
         run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
         self.in_closure = True
         try:
             loss = run.evaluate()
+            if not run.skipped:
+                self.captured.capture.remove()  # the closure is the better source
+                self.captured.forget()
             decide(run.loss)
         finally:
             self.in_closure = False

@@ -108,10 +108,11 @@ class SharpnessEstimator:
             HessianOperator(replay, replay.params, "double_backward", inner=inner) as exact,
         ):
             try:
-                # Where there is curvature: along the gradient there may be next to none.
-                image = exact.matvec(direction)
-                truth = exact.matvec(image)
-                size = math.sqrt(inner(truth, truth))
+                with replay.on_every_rank():
+                    # Where there is curvature: along the gradient there may be next to none.
+                    image = exact.matvec(direction)
+                    truth = exact.matvec(image)
+                    size = math.sqrt(inner(truth, truth))
             except Exception as error:
                 size, failure = math.nan, first_line(error)
             else:

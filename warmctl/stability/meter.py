@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from warmctl import distributed
 from warmctl.curvature.operators import METHODS
 from warmctl.loss.source import NEVER, TRIES
 from warmctl.loss.sources import Sources
@@ -127,7 +128,7 @@ class Meter:
         self._missed += bool(due)
         if self._missed >= SILENT_STEPS:
             self._say_silent(scale)
-        if self.sources.closure.run is not None and self.sources.closure.run.skipped:
+        if due and not distributed.everywhere(not self.sources.skipped, params[0].device):
             due = ""
         if self.rule is None:
             found = self._last_update(rate)
@@ -193,7 +194,8 @@ class Meter:
         graph, verdict = self.sources.graph, self.sources.verdict
         # A loss that failed more than once when it was evaluated again is left to its graph, where that works.
         given_up = verdict.failures >= TRIES and self.last is not None and not self.last.reason
-        if self.sources.ready and not (given_up and graph.passes):
+        ready = distributed.everywhere(self.sources.ready, params[0].device)
+        if ready and not (given_up and graph.passes):
             found = self.prober.probe(params, self._probe_seed())
             graph.wanted = graph.wanted or verdict.failures > 0
             return found

@@ -24,7 +24,7 @@ from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
 from warmctl.stability.representation import RepresentationChange
-from warmctl.vectors import Vector, add_, locals_of
+from warmctl.vectors import Vector, add_, dense_gradient, locals_of
 from warmctl.warning import first_line
 
 Result = TypeVar("Result")
@@ -53,7 +53,10 @@ class RealisedUpdate:
         slope = inner(self.gradient, update)
         if not slope < 0:
             return failed("the update does not descend the gradient of its batch")
-        bend = inner(self.replay.gradient()[1], update) - slope
+        after = self.replay.gradient()[1]
+        if inner(after, after) == 0.0:
+            return failed("the loss has no gradient any more after the update")
+        bend = inner(after, update) - slope
         return Measurement(-0.5 * bend / slope / scale, 0.0, bend / inner(update, update), math.nan, 0, 1.0)
 
 
@@ -78,13 +81,20 @@ class Prober:
             loss = self.sources.step_loss(params, self._replays)
             if loss is None:
                 return failed(self.sources.verdict.why_not)
-            before = self._replays.spent
-            if loss.value is not None and distributed.world_size() == 1:  # a rank alone must not leave the others
-                loss.replay.expected = float(loss.value), loss.gradient
-            found = self.estimator.measure(loss.replay, loss.gradient, seed)
+            before, replay = self._replays.spent, loss.replay
+            replay.compares = True
+            if loss.value is not None:
+                replay.expected = float(loss.value), loss.gradient
+            else:
+                replay.moving = any(bool(dense_gradient(p).any()) for p in params if p.grad is not None)
+            found = self.estimator.measure(replay, loss.gradient, seed)
             return replace(found.times(loss.weight), cost=found.cost + before)
 
-        return self._guarded(measure)
+        method = self.estimator.method
+        found = self._guarded(measure, params)
+        if found.reason and distributed.world_size() > 1:  # one rank may have come further than another
+            self.estimator.method, self.estimator.vector = method, None
+        return found
 
     def on_graph(self, loss: Tensor, params: list[Tensor], seed: int) -> Measurement:
         """Measure on the graph of `loss`, before its backward pass frees it, by double backward.
@@ -92,7 +102,8 @@ class Prober:
         The loss scale of a `GradScaler` is taken out of products and gradient, as it will be before the step.
         """
         grads = [p.grad for p in params]
-        try:
+
+        def measure() -> Measurement:
             inner, average = distributed.inner_product(params), distributed.averager(params)
             scale = float(loss_scale(loss))
 
@@ -109,9 +120,18 @@ class Prober:
                     if gradient is not None:
                         p.grad = gradient if p.grad is None else gradient + p.grad / scale
                 return self.estimator.measure_on(operator, seed)
+
+        try:
+            with self._replays.ranks.together(params):
+                return measure()
+        except distributed.OnAnotherRank as error:
+            self.estimator.vector = None
+            return failed(str(error))
         except (torch.OutOfMemoryError, MemoryError) as error:
+            self.estimator.vector = None
             return failed(first_line(error))
         except Exception as error:
+            self.estimator.vector = None
             instead = self.sources.verdict.why_not if self.sources.in_closure else "use opt.step(closure) instead"
             return failed(f"{first_line(error)}. This model cannot be differentiated twice: {instead}")
         finally:
@@ -132,11 +152,11 @@ class Prober:
             gradient = loss.replay.gradient()[1] if loss.gradient is None else [g.clone() for g in loss.gradient]
             return RealisedUpdate(loss.replay, [t.clone() for t in locals_of(params)], gradient, self._replays.spent)
 
-        return self._guarded(begin)
+        return self._guarded(begin, params)
 
     def after_update(self, update: RealisedUpdate, scale: float) -> Measurement:
         """The ratio along the update that was made at `scale`. Cost: 1 more."""
-        found = self._guarded(lambda: update.measure(scale))
+        found = self._guarded(lambda: update.measure(scale), update.replay.params)
         return replace(found, cost=found.cost + update.cost)
 
     def look(self, params: list[Tensor]) -> float:
@@ -153,7 +173,7 @@ class Prober:
             self._change.before(self._looked_at)
             return spent + FORWARD
 
-        found = self._guarded(begin)
+        found = self._guarded(begin, params)
         return found.cost if isinstance(found, Measurement) else found
 
     def changed(self) -> tuple[float, float]:
@@ -161,15 +181,17 @@ class Prober:
         replay, self._looked_at = self._looked_at, None
         if replay is None:
             return math.nan, 0.0
-        found = self._guarded(lambda: self._change.after(replay))
+        found = self._guarded(lambda: self._change.after(replay), replay.params)
         return (math.nan if isinstance(found, Measurement) else found), FORWARD
 
-    def _guarded(self, work: Callable[[], Result]) -> Result | Measurement:
-        """Nothing that goes wrong in `work` reaches training; what was spent until then is counted."""
+    def _guarded(self, work: Callable[[], Result], params: list[Tensor]) -> Result | Measurement:
+        """Nothing that goes wrong in `work`, here or on another rank, reaches training; what it cost is counted."""
         self._replays.spent = 0
         try:
-            with self.around():
+            with self._replays.ranks.together(params), self.around():
                 result = work()
+        except distributed.OnAnotherRank as error:
+            return failed(str(error), float(self._replays.spent))
         except Exception as error:
             return failed(first_line(error), float(self._replays.spent))
         if isinstance(result, Measurement) and result.reason and not result.cost:

@@ -1,0 +1,122 @@
+"""Real lightning.Trainer with manual optimization: the ways that measure, and the one that cannot, which is said."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.helpers import assert_same, weights
+from tests.integrations.helpers import failures
+from warmctl import AdaptiveWarmup
+
+pl = pytest.importorskip("lightning.pytorch")
+
+WAYS = ["step(closure)", "observe(batch)", "backward(loss)"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*num_workers", "ignore:.*LeafSpec", "ignore:.*isinstance")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Manual(pl.LightningModule):  # type: ignore[misc,name-defined]
+    """`way`: how a step is made; "step()" is the one of Lightning's documentation."""
+
+    def __init__(self, way: str, *, wrapped: bool = True, lr: float = 0.1, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.way, self.wrapped, self.lr, self.options = way, wrapped, lr, options
+        self.opt: Any = None
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        base = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        self.opt = base
+        if self.wrapped:
+            options = {"loss_fn": Manual.loss} if "observe" in self.way else {}
+            self.opt = AdaptiveWarmup(base, self, **options, **self.options)
+        return self.opt
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        opt: Any = self.optimizers()  # type: ignore[no-untyped-call]
+
+        def closure() -> Tensor:
+            opt.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)  # type: ignore[no-untyped-call]
+            return loss
+
+        if self.way == "step(closure)" and self.wrapped:
+            opt.step(closure)
+            return
+        if self.way == "backward(loss)" and self.wrapped:
+            opt.zero_grad()
+            opt.backward(self.loss(batch))
+        else:
+            closure()
+        if self.way == "observe(batch)" and self.wrapped:
+            opt.observe(batch)
+        opt.step()
+
+
+def fit(model: Manual, steps: int) -> list[str]:
+    """What warmctl said meanwhile."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(48, 6, generator=generator)
+    data = TensorDataset(x, (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 1).long())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = pl.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(model, DataLoader(data, batch_size=8))
+    return [str(w.message) for w in said if "warmctl" in str(w.message)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_measured_and_controlled(way: str) -> None:
+    model = Manual(way, lr=30.0)
+    assert not fit(model, 30)
+    rows = list(model.opt.history)
+    assert len(rows) == model.opt.metrics["step"] == 30 and model.opt.metrics["probes"] >= 3
+    assert not failures(rows) and 0.0 < rows[-1]["scale"] < 1.0
+    assert model.opt.param_groups[0]["lr"] == 30.0
+
+
+@pytest.mark.parametrize("way", [*WAYS, "step()"])
+def test_monitored_it_is_the_training_without_the_wrapper(way: str) -> None:
+    model, bare = Manual(way, control=False, every=1), Manual(way, wrapped=False)
+    for m in (model, bare):
+        fit(m, 12)
+    assert_same(weights(model.net), weights(bare.net))
+    assert (model.opt.metrics["probes"] > 0) == (way != "step()")
+
+
+def test_plain_steps_cannot_be_measured_and_that_is_said_once() -> None:
+    model = Manual("step()", lr=30.0)
+    (message,) = fit(model, 120)
+    assert "calls no backward" in message and "Lightning's manual optimization" in message
+    assert "opt.step(closure)" in message and "opt.observe(batch)" in message and "0.01 of the schedule" in message
+    assert model.opt.metrics["probes"] == 0 and model.opt.metrics["scale"] == pytest.approx(0.01)
+
+
+def test_plain_steps_before_fifty_of_them_say_nothing() -> None:
+    assert not fit(Manual("step()"), 49)
