@@ -285,7 +285,7 @@ class Controller:
             growth = min(FASTEST, math.exp(EAGER * max(0.0, slope.significance)))
             if change < CALM and slope.mean > TURNED:
                 growth = max(growth, aged if slope.mean >= 0.0 else math.sqrt(aged))
-        growth = min(growth, aged**AGED)
+        growth = min(growth, float(aged**AGED))
         return max(growth, RETURN) if s.scale < s.highest_scale and slope.significance > OPPOSED else growth
 
     def _end(self, rate: float, reason: str) -> Decision:

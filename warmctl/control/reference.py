@@ -101,7 +101,7 @@ class ReferenceLaw:
             growth = min(2.0, math.exp(0.6 * max(0.0, self.significance())))
             if change < 0.08 and self.mean > -0.1:
                 growth = max(growth, aged if self.mean >= 0.0 else math.sqrt(aged))
-        growth = min(growth, aged**4.0)
+        growth = min(growth, float(aged**4.0))
         returning = self.scale < self.high_scale and self.significance() > -0.5
         return max(growth, 1.1) if returning else growth
 

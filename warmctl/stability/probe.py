@@ -177,7 +177,7 @@ class Prober:
         return found.cost if isinstance(found, Measurement) else found
 
     def changed(self) -> tuple[float, float]:
-        """The relative representation change of the update made since `look`, nan if it cannot be seen; and the cost."""
+        """The relative representation change of the update made since `look`, nan if not to be seen; and the cost."""
         replay, self._looked_at = self._looked_at, None
         if replay is None:
             return math.nan, 0.0

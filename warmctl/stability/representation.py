@@ -56,7 +56,8 @@ class RepresentationChange:
     def before(self, replay: Replay) -> None:
         """Look at the outputs at the present parameters. Cost: one forward pass."""
         self.forget()
-        self._before = self._outputs(replay)
+        with replay.on_every_rank():
+            self._before = self._outputs(replay)
 
     @torch.no_grad()
     def after(self, replay: Replay) -> float:
