@@ -24,6 +24,8 @@ class Curve:
     loss: Floats
     level: Floats
     smooth: Floats
+    middle: Floats
+    """The running median of the loss itself."""
     noise: float
     """Usual deviation of the level from its running median."""
     lost_from: float | None
@@ -43,9 +45,9 @@ class Curve:
         later = logged.steps[logged.steps > last]
         level = _level(series.values)
         width = max(3, len(level) // 50) | 1
-        smooth = np.asarray(median_filter(level, width, mode="nearest"), dtype=np.float64)
+        smooth, middle = (np.asarray(median_filter(curve, width, mode="nearest")) for curve in (level, series.values))
         noise = 1.4826 * float(np.median(np.abs(level - smooth)))
-        return cls(series.steps, series.values, level, smooth, noise, float(later[0]) if len(later) else None)
+        return cls(series.steps, series.values, level, smooth, middle, noise, float(later[0]) if len(later) else None)
 
     @cached_property
     def end(self) -> float:
@@ -77,12 +79,7 @@ class Curve:
 
     @cached_property
     def end_loss(self) -> float:
-        return float(np.median(self.loss[-max(1, len(self.loss) // 20) :]))
-
-    def first_above(self, level: float, before: int) -> int:
-        """Index of the first row of the stretch above a level that reaches `before`."""
-        below = np.flatnonzero(self.smooth[: before + 1] <= level)
-        return int(below[-1]) + 1 if len(below) else 0
+        return float(np.median(self.middle[-max(1, len(self.middle) // 20) :]))
 
     def back_at(self, index: int, level: float) -> float | None:
         """The first step after a row at which the level is at or below this again."""
@@ -131,7 +128,7 @@ def _by_rate(lr: Series, first: float, last: float) -> float | None:
     peak = lr.values.max()
     if lr.values[0] >= 0.9 * peak:
         return 0.0
-    at = float(lr.steps[int(np.argmax(lr.values >= 0.99 * peak))])
+    at = float(lr.steps[int(np.argmax(lr.values >= 0.999 * peak))])
     return min(at + 1.0, last) if first == 0.0 else at
 
 

@@ -42,6 +42,10 @@ class Run:
         """A loss and its step, in words."""
         return f"{self.curve.loss[index]:.3g} (step {self.curve.steps[index]:g})"
 
+    def about(self, index: int) -> str:
+        """The loss around a step, in words."""
+        return f"about {self.curve.middle[index]:.3g} (step {self.curve.steps[index]:g})"
+
     def rows(self, says: str, *indices: int) -> Evidence:
         """Evidence of rows of the loss."""
         curve = self.curve

@@ -44,7 +44,7 @@ def _verdict(run: Run) -> tuple[str, Evidence, str]:
     if sign := lost.lost(run):
         return LOST, sign, lost.advice(run)
     if sign := warmed.under_warmed(run):
-        return UNDER, sign, warmed.advice_for_under(run)
+        return UNDER, sign, lost.lower(run)
     if sign := warmed.capped(run):
         return CAPPED, sign, warmed.advice_for_capped(run)
     if sign := warmed.over_warmed(run):

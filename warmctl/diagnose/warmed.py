@@ -8,7 +8,7 @@ import numpy as np
 
 from warmctl.diagnose.diagnosis import Evidence
 from warmctl.diagnose.log import Series
-from warmctl.diagnose.lost import suggested
+from warmctl.diagnose.lost import is_slow
 from warmctl.diagnose.rules import limit
 from warmctl.diagnose.run import Run, middle, tail
 
@@ -25,19 +25,8 @@ def under_warmed(run: Run) -> Evidence | None:
     if curve.setback[top] > max(limit("setback") * curve.gained, 0.3, 4 * curve.noise):
         low = int(np.argmin(curve.smooth[: top + 1]))
         back = _back(run, top, float(curve.smooth[low]))
-        return run.rows(f"loss: down to {run.row(low)}, then up to {run.row(top)}, {back}", low, top)
+        return run.rows(f"loss: down to {run.about(low)}, then up to {run.about(top)}, {back}", low, top)
     return None
-
-
-def advice_for_under(run: Run) -> str:
-    warmup = run.warmup
-    lower = f"`lr={warmup.peak / 3:.1g}`" if math.isfinite(warmup.peak) else "a third of the `lr`"
-    if warmup.controlled:
-        return f"Give AdaptiveWarmup a smaller `target`, or {lower}."
-    if warmup.end is None:
-        return f"A longer warmup, or {lower}."
-    was = f"instead of {warmup.length}" if warmup.length else "where there was none"
-    return f"`warmup_steps={suggested(run)}` {was}; if the loss still rises, {lower}."
 
 
 def capped(run: Run) -> Evidence | None:
@@ -70,7 +59,7 @@ def over_warmed(run: Run) -> Evidence | None:
     index = min(int(np.searchsorted(run.curve.steps, warmup.end)), len(run.curve.steps) - 1)
     says = (
         f"{'phase' if warmup.controlled else run.log['lr'].column}: warmup took {warmup.length} of {run.last:g} steps"
-        f"{rising}; the loss went from {run.row(0)} to {run.row(index)} in it, without a rise"
+        f"{rising}; the loss went from {run.row(0)} to {run.about(index)} in it, without a rise"
     )
     return run.rows(says, 0, index)
 
@@ -91,6 +80,8 @@ def well_warmed(run: Run) -> Evidence:
 
 
 def advice_for_well(run: Run) -> str:
+    if run.curve.end > math.log(1 - limit("dead")) and is_slow(run):
+        return "Warmup did no harm, but the loss falls slowly and without a rise: try three times the `lr`."
     if run.warmup.controlled:
         return "Keep it. `history.schedule(path)` replays this warmup in other seeds for nothing."
     return "Keep this warmup."
