@@ -88,13 +88,19 @@ def measured(results: Results, name: str, lr: float, seeds: int, steps: int) -> 
     recorded = RecordedWarmup(tuple(record["steps"]), tuple(record["scales"]), record["length"], record["lr"])
     rows = {policy: [run(policy, seed, recorded) for seed in range(1, seeds + 1)] for policy in POLICIES}
     logs = {policy: [_log(row["loss"]) for row in found] for policy, found in rows.items()}
-    cell: dict[str, Any] = {"problem": name, "lr": lr, "warmup_steps": recorded.warmup_steps, "peak": recorded.scales[-1]}
+    cell: dict[str, Any] = {
+        "problem": name,
+        "lr": lr,
+        "warmup_steps": recorded.warmup_steps,
+        "peak": recorded.scales[-1],
+    }
     cell["controlled"] = sum(math.exp(x) for x in logs["controlled"]) / seeds
     for policy in POLICIES[1:]:
         mean, half = interval([a - b for a, b in zip(logs[policy], logs["controlled"], strict=True)])
         cell[policy] = f"{mean:+.3f} ± {half:.3f}"
         if policy == "replayed":
-            cell["verdict"] = "holds" if abs(mean) <= max(half, 0.02) else "better" if mean < 0 else "worse"
+            surely = "worse" if mean > half + 0.02 else "better" if mean < -half - 0.02 else ""
+            cell["verdict"] = surely or ("holds" if half <= 0.1 else "cannot be told")
     return cell
 
 

@@ -53,7 +53,6 @@ RUNS: dict[str, tuple[Callable[[int], list[Row]], str]] = {
     "dead": (lambda seed: train(net(seed), 2.0), "lost"),
     "diverged": (lambda seed: train(net(seed, nn.Identity), 3.0), "lost"),
     "capped": (lambda seed: controlled(seed, 20.0), "capped below the schedule"),
-    "at full rate": (lambda seed: controlled(seed, 0.05), "well warmed"),
 }
 
 
@@ -195,4 +194,3 @@ def test_it_prints(run_of: Any) -> None:
     assert all(line.startswith("  - ") for line in lines[1:-1]) and lines[-1].startswith("  What to do: ")
     html = found._repr_html_()
     assert html.startswith("<b>under-warmed</b>") and html.count("<li>") == len(found.evidence)
-

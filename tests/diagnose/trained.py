@@ -47,7 +47,7 @@ def train(
     watch: Watch | None = None,
     weight_decay: float = 0.0,
 ) -> list[Row]:
-    """Momentum SGD; a row a step with loss, rate and gradient norm. `bad_batch`: a step with inputs 30 times too large."""
+    """Momentum SGD; a row a step. `bad_batch`: the step whose inputs are 30 times too large."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     rows = []
     for step in range(1, steps + 1):

@@ -34,7 +34,9 @@ def _spikes(run: Run) -> Finding | None:
     high = (curve.steps > run.early_until) & (height > max(math.log(limit("spike")), 8 * curve.noise))
     starts = [i for i in np.flatnonzero(high) if not high[i - 1]]
     spikes = [(i, i + int(np.argmin(np.append(high[i:], False)))) for i in starts]
-    tops = sorted((max(range(a, b), key=lambda i: height[i]) for a, b in spikes), key=lambda i: -height[i])[:MOST_SPIKES]
+    tops = sorted((max(range(a, b), key=lambda i: height[i]) for a, b in spikes), key=lambda i: -height[i])[
+        :MOST_SPIKES
+    ]
     if not tops:
         return None
     evidence: list[Evidence] = []
@@ -66,12 +68,12 @@ def _overflows(run: Run) -> Finding | None:
     if len(late) < max(FEWEST_OVERFLOWS, limit("overflow") * rows):
         return None
     fell = f"; {scales.column} fell from {scales.values[0]:g} to {scales.values.min():g}" if len(scales) else ""
-    says = f"{column}: {len(late)} of {rows} steps overflowed, the first at step {late[0]:g}, the last at {late[-1]:g}{fell}"
+    says = f"{column}: {len(late)} of {rows} steps overflowed, from step {late[0]:g} to {late[-1]:g}{fell}"
     values = (float(scales.values[0]), float(scales.values.min())) if len(scales) else (float(len(late)),)
     return Finding(
         [Evidence(says, column, (int(late[0]), int(late[-1])), values)],
-        "float16 cannot hold these gradients: each overflow skips a step. Train in bfloat16, or start the GradScaler with "
-        "a smaller `init_scale`; if the loss scale falls and does not come back, it is the gradients that grow: lower `lr`.",
+        "float16 cannot hold these gradients: each overflow skips a step. Train in bfloat16, or start the GradScaler "
+        "with a smaller `init_scale`; if the loss scale falls and does not come back, gradients grow: lower `lr`.",
     )
 
 
@@ -92,8 +94,8 @@ def _clipping(run: Run) -> Finding | None:
     raised = f"to about {float(np.quantile(norms.values, 0.9)):.2g}" if len(norms) else "above the usual gradient norm"
     return Finding(
         [Evidence(says, after.column, (int(after.steps[0]), int(after.steps[-1])), (float(after.values.mean()),))],
-        f"The clip norm, not `lr`, sets the size of the steps: raise it {raised} so that it cuts only what is unusual, and "
-        "lower `lr` if the run needs steps as small as these. (Adam divides by the gradient's size: there, little changes.)",
+        f"The clip norm, not `lr`, sets the size of the steps: raise it {raised} so that it cuts what is unusual, and "
+        "lower `lr` if the run needs steps as small as these. (Under Adam little changes.)",
     )
 
 
@@ -112,7 +114,7 @@ def _sigma(run: Run) -> Finding | None:
     return Finding(
         [Evidence(says, series.column, (int(series.steps[0]), int(at)), (before, least))],
         f"The input of the norm `{layer}` has lost its spread, so gradients through it are multiplied by 1/σ, "
-        f"{before / max(least, 1e-30):.2g} times what they were: lower `lr` or its weight decay, or raise the norm's `eps`.",
+        f"{before / max(least, 1e-30):.2g} times what they were: lower `lr` or its weight decay, or raise its `eps`.",
     )
 
 

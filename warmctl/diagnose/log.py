@@ -102,7 +102,8 @@ class Log:
 
     def _rewind(self, step: float) -> None:
         """A run that was resumed, or begun again, in the same file: its rows replace those of later steps."""
-        for cells in (*self._numbers.values(), *self._words.values()):
+        columns: list[dict[float, Any]] = [*self._numbers.values(), *self._words.values()]
+        for cells in columns:
             for later in [s for s in cells if s >= step]:
                 del cells[later]
 

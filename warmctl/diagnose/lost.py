@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -35,9 +36,9 @@ def onset(run: Run) -> float:
 def advice(run: Run) -> str:
     if run.curve.lost_from is None and _undisturbed(run):
         return (
-            "The loss hardly moved, and never rose: a record like this does not tell a rate that is too low from one that "
-            "is far too high. Try `lr` at a third and at three times for some hundred steps, and check that gradients "
-            "reach the parameters that the optimizer holds."
+            "The loss hardly moved, and never rose: a record like this does not tell a rate that is too low from "
+            "one that is far too high. Try `lr` at a third and at three times for some hundred steps, and check that "
+            "gradients reach the parameters that the optimizer holds."
         )
     return lower(run)
 
@@ -45,7 +46,11 @@ def advice(run: Run) -> str:
 def lower(run: Run) -> str:
     """A lower rate first, a longer warmup beside it: what helps, and how often, is in the docs."""
     peak, warmup = run.warmup.peak, run.warmup
-    rate = f"Lower `lr` from {peak:.3g} to {float(f'{peak / 3:.1g}'):g}" if math.isfinite(peak) else "Lower `lr` to a third"
+    rate = (
+        f"Lower `lr` from {peak:.3g} to {float(f'{peak / 3:.1g}'):g}"
+        if math.isfinite(peak)
+        else "Lower `lr` to a third"
+    )
     if warmup.controlled:
         return f"{rate}, or give AdaptiveWarmup a smaller `target`."
     if warmup.end is None:
@@ -69,7 +74,10 @@ def _not_finite(run: Run) -> Evidence | None:
     value = logged.at(start)
     before = run.row(len(run.curve.steps) - 1)
     return Evidence(
-        f"loss: {value} from step {start:g} on; the last finite one was {before}", logged.column, (int(start),), (value,)
+        f"loss: {value} from step {start:g} on; the last finite one was {before}",
+        logged.column,
+        (int(start),),
+        (value,),
     )
 
 
@@ -95,7 +103,7 @@ def _silent(run: Run) -> Evidence | None:
     if not before > limit("silent") * after:
         return None
     says = (
-        f"{norms.column}: from {before:.3g} in the first tenth to {after:.3g} in the last, while the loss only went from "
+        f"{norms.column}: from {before:.3g} in the first tenth to {after:.3g} in the last, while the loss went from "
         f"{run.row(0)} to {run.curve.end_loss:.3g}: the network has stopped to answer"
     )
     return Evidence(says, norms.column, (int(norms.steps[0]), int(norms.steps[-1])), (before, after))
@@ -104,7 +112,7 @@ def _silent(run: Run) -> Evidence | None:
 def is_slow(run: Run) -> bool:
     """A loss that falls from quarter to quarter and never rose: little was learnt, and nothing went wrong."""
     quarters = [float(np.median(part)) for part in np.array_split(run.curve.smooth, 4)]
-    falling = all(after < before for before, after in zip(quarters, quarters[1:], strict=False))
+    falling = all(after < before for before, after in itertools.pairwise(quarters))
     return falling and quarters[0] - quarters[-1] > SLOW and _undisturbed(run)
 
 

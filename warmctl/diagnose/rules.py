@@ -50,7 +50,9 @@ RULES: dict[str, Rule] = {
         "overflow or loss_scale",
         "",
     ),
-    "clipped": Rule("more than {:.0%} of the steps after warmup are clipped", 0.9, "clipped, or grad_norm, clip_norm", ""),
+    "clipped": Rule(
+        "more than {:.0%} of the steps after warmup are clipped", 0.9, "clipped, or grad_norm, clip_norm", ""
+    ),
     "sigma": Rule("σ before a norm falls to {:.0%} of what it was", 0.1, "vitals/<layer>/sigma", ""),
     "saturated": Rule("more than {:.0%} of a layer's units are saturated", 0.5, "vitals/<layer>/saturated", ""),
     "dead units": Rule("more than {:.0%} of a layer's units are dead", 0.5, "vitals/<layer>/dead", ""),
@@ -85,5 +87,6 @@ def table() -> str:
 def _code(columns: str) -> str:
     plain = ("or", "and", "any", "of", "these")
     return " ".join(
-        word if word.strip(",") in plain else f"`{word.strip(',')}`" + "," * word.endswith(",") for word in columns.split()
+        word if word.strip(",") in plain else f"`{word.strip(',')}`" + "," * word.endswith(",")
+        for word in columns.split()
     )

@@ -61,7 +61,7 @@ def _before(run: Run, verdict: str, sign: Evidence) -> list[Evidence]:
     found = [cause] if cause is not None else []
     if len(rate):
         value, at = rate.at(start), run.warmup
-        where = "in warmup" if at.end is not None and start < at.end else "after warmup" if at.length else "without warmup"
-        says = f"{rate.column}: {value:.3g} when it began (step {start:g}, {where}); the peak is {at.peak:.3g}"
+        where = "in" if at.end is not None and start < at.end else "after" if at.length else "without"
+        says = f"{rate.column}: {value:.3g} when it began (step {start:g}, {where} warmup); the peak is {at.peak:.3g}"
         found.insert(0, Evidence(says, rate.column, (int(start),), (value,)))
     return found

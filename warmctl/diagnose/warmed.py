@@ -95,8 +95,10 @@ def _scales(run: Run) -> Series:
     lr, scheduled = run.log["lr"].finite, run.log["scheduled_lr"].finite
     if not len(scheduled):
         return scale
-    shares = [lr.at(step) / rate if rate > 0.0 else 1.0 for step, rate in zip(scheduled.steps, scheduled.values, strict=True)]
-    return Series("lr / scheduled_lr", scheduled.steps, np.array(shares)).finite
+    positive = scheduled.values > 0.0
+    steps = scheduled.steps[positive]
+    shares = np.array([lr.at(step) for step in steps]) / scheduled.values[positive]
+    return Series("lr / scheduled_lr", steps, shares).finite
 
 
 def _back(run: Run, top: int, level: float) -> str:

@@ -28,8 +28,8 @@ class RecordedWarmup:
         recorded = opt.history.schedule("warmup.json")
         scheduler = RecordedWarmup.load("warmup.json").scheduler(optimizer, decay=cosine)
 
-    It belongs to the model, the batch size, the optimizer and the peak rate it was recorded with. After the last recorded
-    step the last scale stays. Costs no gradient evaluation.
+    It belongs to the model, the batch size, the optimizer and the peak rate it was recorded with. After the last
+    recorded step the last scale stays. Costs no gradient evaluation.
 
     Args:
         steps: at which the scale changed, counted from 1, increasing.
@@ -87,8 +87,9 @@ class RecordedWarmup:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
                 raise ValueError(f'it does not say "format": "{FORMAT}"')
-            lists = {name: tuple(found.pop(name, ())) for name in ("steps", "scales")}
-            return cls(**lists, **found)
+            for name in ("steps", "scales"):
+                found[name] = tuple(found.get(name, ()))
+            return cls(**found)
         except (ValueError, TypeError) as error:  # JSONDecodeError and UnicodeDecodeError are the first
             raise ValueError(f"{path} is not a recorded warmup: {error}") from None
 
@@ -122,7 +123,7 @@ class RecordedWarmup:
         at = np.searchsorted(self.steps, step, side="right").clip(1) - 1
         shape = np.asarray(self.scales)[at] / self.scales[-1]
 
-        def distance(width: float) -> float:
+        def distance(width: Any) -> float:
             return float(np.square(np.minimum(1.0, step / width) - shape).sum())
 
         best = min(np.geomspace(1, 2 * self.steps[-1], 200), key=distance)
