@@ -4,9 +4,12 @@ from warmctl.curvature.eigen import EigenResult as EigenResult, lanczos as lancz
 from warmctl.curvature.operators import HessianOperator as HessianOperator
 from warmctl.curvature.scaled import ScaledOperator as ScaledOperator
 from warmctl.curvature.sharpness import sharpness as sharpness
+from warmctl.diagnose.diagnosis import Diagnosis as Diagnosis
+from warmctl.diagnose.verdict import diagnose as diagnose
 from warmctl.optimizer import AdaptiveWarmup as AdaptiveWarmup
 from warmctl.record.history import History as History
 from warmctl.record.plotting import plot as plot
+from warmctl.record.schedule import RecordedWarmup as RecordedWarmup
 from warmctl.stability.update_rules import (
     UpdateRule as UpdateRule,
     register_update_rule as register_update_rule,

@@ -110,6 +110,13 @@ def test_warmup_begins_again_at_every_thawing(tmp_path: Path) -> None:
     check(name, printed, tmp_path)
 
 
+def test_three_runs_are_told_apart(tmp_path: Path) -> None:
+    printed = run("diagnose_runs", tmp_path)
+    verdicts = re.findall(r"^(\w+)\.csv: (.+)$", printed, re.MULTILINE)
+    assert verdicts == [("dead", "lost"), ("slow", "over-warmed"), ("well", "well warmed")]
+    assert "Lower `lr` from 3 to 1" in printed and printed.count("What to do: ") == 3
+
+
 def test_every_example_is_in_the_table_with_its_command() -> None:
     table = (EXAMPLES / "README.md").read_text()
     rows = dict(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \|.*\| `(.+)` \|$", table, re.MULTILINE))

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, overload
 
 from warmctl.record.columns import Column, as_plain
 from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
+from warmctl.record.schedule import RecordedWarmup
 
 
 class StepRow(NamedTuple):
@@ -130,6 +131,16 @@ class History(Sequence[Row]):
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """As `to_jsonl`, in comma-separated values under a header line."""
         self._attach(CsvFile, Path(path))
+
+    def schedule(self, path: str | os.PathLike[str] | None = None) -> RecordedWarmup:
+        """What the controller did, as a schedule that other seeds and sweeps can replay; written to `path` if given.
+
+        Raises ValueError for a history without scales.
+        """
+        recorded = RecordedWarmup.of(self)
+        if path is not None:
+            recorded.save(path)
+        return recorded
 
     def close(self) -> None:
         """Detach and close every file. Every row is on file already: this only frees the handles."""
