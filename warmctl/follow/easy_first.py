@@ -43,6 +43,8 @@ class EasyFirst(Sampler[int]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[int]:
+        if self._drawn == len(self):
+            self._epoch, self._drawn = self._epoch + 1, 0
         places = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self._epoch)).tolist()
         while self._drawn < len(self):
             easy = min(max(math.ceil(self.difficulty * len(self)), 1), len(self))

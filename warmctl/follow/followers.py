@@ -36,6 +36,9 @@ class Followers:
         self._all: list[Follower] = []
         self._dropped: dict[int, int] = {}  # and the size of its state
 
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
     def add(self, followers: Sequence[Any], scale: float) -> None:
         """Followers from the coming step on.
 
