@@ -16,6 +16,8 @@ from warmctl import arguments
 from warmctl.checkpoint import AVERAGE, VECTOR, SavedState
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
+from warmctl.follow.follower import Follower
+from warmctl.follow.followers import Followers
 from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
@@ -95,6 +97,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence = Cadence(every=every, budget=budget)
         self.history = History()
+        self._followers = Followers(optimizer, control)
         self._rates, self._signals = ScaledRates(), StepSignals()
         average = {} if control else {AVERAGE: self._signals.slope}
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, **average})
@@ -109,7 +112,7 @@ class AdaptiveWarmup(OptimizerProxy):
     @property
     def _applied_scale(self) -> float:
         """What the rates of the last step were multiplied by."""
-        return self.controller.applied if self.control else 1.0
+        return self._followers.applied(self.controller.applied)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -122,7 +125,7 @@ class AdaptiveWarmup(OptimizerProxy):
         `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
         """
         beside = ("scheduled_lr", "loss", "probed")
-        return {name: value for name, value in self._row._asdict().items() if name not in beside}
+        return {k: v for k, v in self._row._asdict().items() if k not in beside} | self._followers.latest
 
     def __repr__(self) -> str:
         name = type(self.base).__name__
@@ -185,8 +188,8 @@ class AdaptiveWarmup(OptimizerProxy):
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
-        self._rates.scale(self.param_groups, self._applied_scale)
-        ratio = decision.ratio if self.control else decision.ratio / decision.scale  # it was not applied
+        self._rates.scale(self.param_groups, self._followers.decided(decision.scale, self.phase, found is not None))
+        ratio = self._followers.ratio(decision.ratio, decision.scale)
         self._record(decision.reason, None if loss is None else value, found is not None, ratio)
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
@@ -194,7 +197,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.sources.rest()
         self._signals.rest()
         self.controller.update(rate)
-        self._rates.scale(self.param_groups, self._applied_scale)
+        self._rates.scale(self.param_groups, self._followers.decided(self.controller.applied, self.phase, False))
         self._record("", None if loss is None or loss.device.type != "cpu" else float(loss))
 
     def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
@@ -211,13 +214,16 @@ class AdaptiveWarmup(OptimizerProxy):
             self.restart()
 
     def _end_step(self, decided: bool) -> None:
-        """After the update: the schedule's own rates again, the batch forgotten."""
+        """After the update: the schedule's own rates again, the batch forgotten, what was thawed seen."""
+        self._followers.end()
         self._rates.restore(self.param_groups)
         measured_on_graph = self.meter.next_step()
         self.sources.next_step(measured_on_graph)
         self._take_back_scaler()
         if not decided and largest_rate(self.param_groups) <= 0.0:
             self._row: StepRow = self._row._replace(lr=0.0)
+        if self._followers:
+            self._follow_parameters()
 
     def _record(
         self, reason: str, loss: float | None = None, probed: bool = False, ratio: float = math.nan, keep: bool = True
@@ -232,7 +238,7 @@ class AdaptiveWarmup(OptimizerProxy):
             *(int(counts.probes), counts.overhead, probed, reason),
         )
         if keep:
-            self.history.record(self._row)
+            self.history.record(self._row, self._followers.row)
 
     def backward(self, loss: Tensor) -> None:
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
@@ -245,6 +251,16 @@ class AdaptiveWarmup(OptimizerProxy):
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
         self.sources.observed.observe(batch, self.trainable)
+
+    def follow(self, *followers: Follower) -> AdaptiveWarmup:
+        """Have these move with the rate, and return self; with `control=False` nothing is moved.
+
+        A fresh wrapper must be given the same before it loads a state. Raises TypeError or ValueError for what cannot.
+        """
+        self._followers.add(followers, self.controller.applied)
+        self.sources.follow(self.trainable)  # some may have been frozen
+        self._saved.announce_numbers()
+        return self
 
     def restart(self) -> None:
         """Begin warmup again from here."""
@@ -272,6 +288,8 @@ class AdaptiveWarmup(OptimizerProxy):
         owners = self, self.controller, self.cadence, self.meter, estimator, self.sources.watch, self._signals, slope
         with all_or_nothing(self.base, self._parts(), owners):
             if self._saved.load_state_dict(state_dict):
+                if self._followers:
+                    self.sources.follow(self.trainable)  # as it was when it was saved
                 self.sources.resume()
                 self._record("resumed", keep=False)
             else:
@@ -281,7 +299,8 @@ class AdaptiveWarmup(OptimizerProxy):
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the eigenvector. The order is that of the checkpoint's format."""
         controller, cadence, meter, sources = self.controller.state, self.cadence.state, self.meter, self.sources
-        return controller, cadence, self.counts, sources.graph, sources.captured, sources.verdict, meter, self._signals
+        counted = controller, cadence, self.counts, sources.graph, sources.captured, sources.verdict, meter
+        return *counted, self._signals, self._followers
 
 
 def _reading(found: Measurement | None, tolerant: bool) -> Reading | None:

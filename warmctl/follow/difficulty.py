@@ -18,7 +18,7 @@ class Difficulty:
     """d_t = easiest + (1 − easiest) · s_t: the data grow harder with the rate, and are all there after warmup.
 
     When warmup has ended, at whatever scale, the difficulty is 1: a rate that stays below the schedule must not hide
-    data for ever.
+    data for ever. While it lasts, hidden data are not learnt: `easiest` is better too high than too low.
 
     Args:
         sampler: what takes the difficulty, in [0, 1]: a function of it, or an object with `set_difficulty(d)` or an
@@ -31,7 +31,7 @@ class Difficulty:
     Raises: TypeError for an object without a setter, ValueError for `easiest` outside [0, 1].
     """
 
-    def __init__(self, sampler: Any, easiest: float = 0.3) -> None:
+    def __init__(self, sampler: Any, easiest: float = 0.7) -> None:
         if not 0.0 <= easiest <= 1.0:
             raise ValueError(f"easiest must be in [0, 1], the difficulty at scale 0, got {easiest!r}")
         self.sampler, self.easiest = sampler, easiest
