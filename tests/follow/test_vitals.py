@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -131,7 +132,7 @@ def test_samples_come_at_the_start_every_so_many_steps_and_after_probes() -> Non
     opt = run(model, vitals := Vitals(model, every=10), steps=60, rate=0.3, every=35)
     sampled = [row["step"] for row in opt.history if row.get("vitals/0/gradient") is not None]
     probed = [row["step"] for row in opt.history if row["probed"]]
-    gaps = [b - a for a, b in zip(sampled, sampled[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(sampled)]
     assert sampled[0] == 1 and vitals.sampled == len(sampled)
     assert max(gaps) == 10 and min(gaps) >= 2
     for step in probed[1:]:
