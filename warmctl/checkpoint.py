@@ -156,8 +156,8 @@ def _check_number(numbers: list[float] | None, expected: int) -> None:
     if numbers is not None and len(numbers) != expected:
         raise ValueError(
             f"the checkpoint's warmctl state has {len(numbers)} numbers, not {expected}: it was saved with other "
-            "followers (opt.follow), which must be there, in the same order, before it is loaded; or its format is that of another "
-            "version: load it there, or load a bare optimizer's state dict to begin warmup again"
+            "followers (opt.follow), which must be there, in the same order, before it is loaded; or its format is "
+            "that of another version: load it there, or load a bare optimizer's state dict to begin warmup again"
         )
 
 
