@@ -146,7 +146,7 @@ def test_backbone_finetuning_of_lightning_thaws_by_itself() -> None:
         max_epochs=4, callbacks=[callback], logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(module, [batch_of(step) for step in range(6)])
+    trainer.fit(module, torch.utils.data.DataLoader([batch_of(step) for step in range(6)], batch_size=None))
     began = [row["step"] for row in module.opt.history if str(row["reason"]).startswith("started")]
     assert began == [1, 13] and len(module.opt.param_groups) == 2
 

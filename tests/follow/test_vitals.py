@@ -88,7 +88,7 @@ def test_gradients_and_updates_are_those_of_the_layers() -> None:
     for step in range(5):
         weights = [model[i].weight.detach().clone() for i in (0, 2)]
         opt.step(closure_for(opt, model, batch_of(step)))
-        moved = [float((model[i].weight - w).norm() / w.norm()) for i, w in zip((0, 2), weights, strict=True)]
+        moved = [float((model[i].weight.detach() - w).norm() / w.norm()) for i, w in zip((0, 2), weights, strict=True)]
         rows.append((opt.history[-1], [float(model[i].weight.grad.norm()) for i in (0, 2)], moved))
     for (row, norms, _), (_, _, moved) in zip(rows[1:], rows, strict=False):
         assert [row[f"vitals/{i}/gradient"] for i in (0, 2)] == pytest.approx(norms, rel=1e-6)
