@@ -6,6 +6,16 @@ from warmctl.curvature.scaled import ScaledOperator as ScaledOperator
 from warmctl.curvature.sharpness import sharpness as sharpness
 from warmctl.diagnose.diagnosis import Diagnosis as Diagnosis
 from warmctl.diagnose.verdict import diagnose as diagnose
+from warmctl.follow.batch_norm import BatchNormMomentum as BatchNormMomentum
+from warmctl.follow.difficulty import Difficulty as Difficulty
+from warmctl.follow.dither import Dither as Dither
+from warmctl.follow.easy_first import EasyFirst as EasyFirst
+from warmctl.follow.follower import Follower as Follower
+from warmctl.follow.momentum import Momentum as Momentum
+from warmctl.follow.sam import SAMRadius as SAMRadius
+from warmctl.follow.unfreezing import Unfreezing as Unfreezing
+from warmctl.follow.vitals import Vitals as Vitals
+from warmctl.follow.weight_decay import WeightDecay as WeightDecay
 from warmctl.optimizer import AdaptiveWarmup as AdaptiveWarmup
 from warmctl.record.history import History as History
 from warmctl.record.plotting import plot as plot

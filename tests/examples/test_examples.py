@@ -71,7 +71,7 @@ def check(name: str, printed: str, folder: Path) -> None:
     assert records[adaptive_file]["scale"][0] < 0.1
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "during"])
 def test_shows_what_it_says(name: str, tmp_path: Path) -> None:
     check(name, run(name, tmp_path), tmp_path)
 

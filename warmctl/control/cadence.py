@@ -27,8 +27,8 @@ BURST, RESERVE = 10.0, 6.0
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP, LOOK_COST = 8, 0.5, 2.0 / 3.0
-"""First steps at each of which the representations are looked at, steps between later looks over the age of the run, and
-what one costs: two forward passes."""
+"""First steps at each of which the representations are looked at, steps between later looks over the age of the run,
+and what one costs: two forward passes."""
 SLOPE_GAP = 1.0 / 32.0
 """Steps between readings of the end slope over the age of the run: what it averages grows with the run."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
