@@ -32,7 +32,9 @@ def double_of(optimizer: Optimizer) -> Optimizer:
 
 def peak_rates(optimizer: Optimizer) -> list[float]:
     """The peak rate of each group: the highest that its schedule, if it has one, is known to reach."""
-    return [max(float(group[name]) for name in PEAKS if group.get(name) is not None) for group in optimizer.param_groups]
+    return [
+        max(float(group[name]) for name in PEAKS if group.get(name) is not None) for group in optimizer.param_groups
+    ]
 
 
 def first_rate(rates: Sequence[float]) -> float:

@@ -94,7 +94,7 @@ def _share(double: Optimizer, rule: UpdateRule) -> float:
 
 
 def loss_rises_from(replay: Replay, gradient: Vector, loss: float, double: Optimizer) -> tuple[float, str]:
-    """The largest first-group rate at which the loss does not rise along the update that `double` makes; or nan, and why.
+    """The largest first-group rate at which the loss does not rise along the update of `double`; or nan, and why.
 
     The update is made once, at the rates that are set, and is taken to be proportional to them. Where the loss falls
     at first, the first rate at which it is above its present value is looked for by steps of a growing factor.
@@ -110,7 +110,7 @@ def loss_rises_from(replay: Replay, gradient: Vector, loss: float, double: Optim
         return math.nan, "the update does not descend the gradient of this batch"
 
     def change_per_length(factor: float) -> float:
-        """(L(θ + factor·Δ) − L(θ)) / factor: `slope` at 0, a straight line for a quadratic, 0 where the loss is back."""
+        """(L(θ + factor·Δ) − L(θ)) / factor: `slope` at 0, straight for a quadratic, 0 where the loss is back."""
         with put_back(replay.params) as rest, torch.no_grad():
             shards = locals_of(replay.params)
             for shard, start, moved in zip(shards, rest, update, strict=True):

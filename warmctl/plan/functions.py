@@ -22,7 +22,9 @@ class Doubt(Exception):
 SLOPES: dict[Any, float] = {
     **dict.fromkeys((torch.relu, F.relu, F.relu6, torch.tanh, F.tanh, F.hardtanh, F.softplus, F.softsign), 1.0),
     **{torch.sigmoid: 0.25, F.sigmoid: 0.25, F.gelu: 1.1290, F.silu: 1.0999, F.mish: 1.0885, F.softmax: 0.5},
-    **dict.fromkeys((torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze), 1.0),
+    **dict.fromkeys(
+        (torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze), 1.0
+    ),
     **dict.fromkeys((operator.neg, torch.neg), 1.0),
     **dict.fromkeys(("relu", "tanh", "flatten", "view", "reshape", "transpose", "permute", "contiguous"), 1.0),
     **{"squeeze": 1.0, "unsqueeze": 1.0, "sigmoid": 0.25, "neg": 1.0, "float": 1.0, "softmax": 0.5},

@@ -77,7 +77,7 @@ def _embedding(layer: nn.Embedding, x: Tensor) -> Layer:
 
 
 def _normalised(layer: Any, variance: Tensor, eps: float, unit: Tensor, channels_last: bool) -> Layer:
-    """γ (x − μ)/σ + β: a gain of at most max|γ| / min σ, since centring and normalising only take away."""
+    """w (x − μ)/σ + b: a gain of at most max|w| / min σ, since centring and normalising only take away."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     largest = float(weight.detach().abs().max()) if weight is not None else 1.0
     gain = largest / math.sqrt(float(variance.min()) + eps)

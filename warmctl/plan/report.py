@@ -20,7 +20,7 @@ class Line(NamedTuple):
 class Plan:
     """What a landscape allows. Rates are those of the first group; ratios are dimensionless, with the edge at 1.
 
-    A figure that could not be had is None, and `reasons` says under its name why; a reason beside a figure qualifies it.
+    A figure that could not be had is None, and `reasons` says why under its name; beside a figure it qualifies it.
 
     Attributes:
         rate: the peak rate that is set.
@@ -109,7 +109,7 @@ class Plan:
             "critical_rate_forward": "above it the first update itself raises the loss of this batch",
             "spectral_bound": self._on_bound(),
             "warmup_steps": self._on_warmup(),
-            "second_moment_steps": "the linear warmup that the averaging of squared gradients asks for, by rule of thumb",
+            "second_moment_steps": "the linear warmup that averaging squared gradients asks for, by rule of thumb",
             "scaled_rate": f"the reference's rate, scaled linearly to {self.batch_size} rows",
             "largest_batch": "scale the rate with the batch up to here; beyond, keep it",
         }
@@ -151,4 +151,5 @@ class Plan:
         if self.warmup_steps > self.total_steps:
             share = self.total_steps / self.warmup_steps
             return f"longer than the run: the peak is never stable here, {share * self.rate:.3g} is"
-        return f"the shortest linear warmup that stays below the edge, {self.warmup_steps / self.total_steps:.0%} of the run"
+        share = self.warmup_steps / self.total_steps
+        return f"the shortest linear warmup that stays below the edge, {share:.2g} of the run"

@@ -1,8 +1,8 @@
 """A bound on the sharpness from the layers' spectral norms: λ_max(Gauss–Newton) ≤ λ_max(∇²_z L) · Σ_p ‖∂z/∂p‖².
 
 z is the model's output on the whole batch and L the loss as a function of it. ‖∂z/∂p‖ is bounded along the graph of the
-forward pass: what a layer's parameters can do to its output at this batch, times the gains of all layers behind it, summed
-over the ways through a residual net. The bound is loose by orders of magnitude in depth.
+forward pass: what a layer's parameters can do to its output at this batch, times the gains of all layers behind it,
+summed over the ways through a residual net. The bound is loose by orders of magnitude in depth.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ def _learns(values: _Values, nodes: Sequence[fx.Node], wanted: set[int]) -> set[
         if node.op == "get_attr":
             own = id(_attribute(values.module, node.target)) in wanted
         else:
-            own = node.op == "call_module" and any(id(p) in wanted for p in values.fetch_attr(str(node.target)).parameters())
+            own = node.op == "call_module" and any(
+                id(p) in wanted for p in values.fetch_attr(str(node.target)).parameters()
+            )
         if own or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found

@@ -51,7 +51,10 @@ class ExponentialFall:
             steps = self.time * math.log((first - last) / (target - last))
         else:
             steps = math.inf
-        steps = min(math.floor(steps) + 1 if math.isfinite(steps) else math.inf, math.inf if total_steps is None else total_steps)
+        steps = min(
+            math.floor(steps) + 1 if math.isfinite(steps) else math.inf,
+            math.inf if total_steps is None else total_steps,
+        )
         if steps > LONGEST:
             return None
         return last + (first - last) * np.exp(-np.arange(1, int(steps) + 1) / self.time)
@@ -71,12 +74,14 @@ def smallest_linear_warmup(ratios: Sequence[float] | NDArray[np.float64], target
 
 
 def recorded_ratios(history: History, rate: float) -> NDArray[np.float64]:
-    """r₁(t) at the peak `rate` as a record tells it: the stability ratio per unit of applied rate, held between readings.
+    """r₁(t) at the peak `rate` from a record: its stability ratio per unit of applied rate, held between readings.
 
     Raises: ValueError for a record without a single reading.
     """
     rows = zip(history["step"], history["stability_ratio"], history["lr"], strict=True)
-    known = {step: ratio / lr for step, ratio, lr in rows if step >= 1 and lr and ratio is not None and math.isfinite(ratio)}
+    known = {
+        step: ratio / lr for step, ratio, lr in rows if step >= 1 and lr and ratio is not None and math.isfinite(ratio)
+    }
     if not known:
         raise ValueError(
             "the history of reference has no finite stability_ratio: record the run with AdaptiveWarmup, "
