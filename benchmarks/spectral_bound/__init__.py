@@ -1,4 +1,4 @@
-"""How loose the bound on the sharpness from the layers' spectral norms is, on small models of every kind it composes over.
+"""How loose the bound on the sharpness from the layers' spectral norms is, on small models.
 
     python -m benchmarks.spectral_bound
 

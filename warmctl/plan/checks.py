@@ -38,13 +38,13 @@ def count(name: str, given: Any, least: int = 1) -> None:
     """Raise unless None or an integer of at least `least`."""
     if given is None:
         return
-    if not isinstance(given, Integral) or isinstance(given, bool) or given < least:
+    if not isinstance(given, Integral) or isinstance(given, bool) or int(given) < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
 
 
 def rate(name: str, given: Any) -> None:
     """Raise unless a number above 0."""
-    if not isinstance(given, Real) or isinstance(given, bool) or not 0 < given < float("inf"):
+    if not isinstance(given, Real) or isinstance(given, bool) or not 0 < float(given) < float("inf"):
         raise ValueError(f"{name} must be a learning rate above 0, got {given!r}")
 
 

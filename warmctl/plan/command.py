@@ -57,7 +57,7 @@ def _function(target: str) -> Callable[[], Any]:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent.resolve()))
-    function: Any = getattr(module, name, None)
+    function: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} has no function {name!r}; expected {USAGE}")
     return function

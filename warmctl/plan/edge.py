@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import scipy.optimize
@@ -15,7 +15,7 @@ from warmctl.curvature.eigen import EigenResult, SymmetricOperator, lanczos
 from warmctl.curvature.operators import HessianOperator
 from warmctl.curvature.scaled import ScaledOperator
 from warmctl.loss.replay import Replay
-from warmctl.plan.double import first_rate, put_back, take_step
+from warmctl.plan.double import double_of, first_rate, put_back, set_rates, take_step
 from warmctl.rates import learning_rate
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.update_rules import UpdateRule
@@ -93,33 +93,39 @@ def _share(double: Optimizer, rule: UpdateRule) -> float:
     return min(shares)
 
 
-def loss_rises_from(replay: Replay, gradient: Vector, loss: float, double: Optimizer) -> tuple[float, str]:
-    """The largest first-group rate at which the loss does not rise along the update of `double`; or nan, and why.
+def loss_rises_from(
+    replay: Replay, gradient: Vector, loss: float, optimizer: Optimizer, rates: Sequence[float]
+) -> tuple[float, str]:
+    """The largest first-group rate at which the coming step of `optimizer` does not raise the loss; or nan, and why.
 
-    The update is made once, at the rates that are set, and is taken to be proportional to them. Where the loss falls
-    at first, the first rate at which it is above its present value is looked for by steps of a growing factor.
+    Every trial is a step that is really made, by a double and taken back, at a multiple of `rates`. The multiple is
+    looked for from 1 on, by factors of at most 8.
 
-    Cost: a step of the optimizer and some 5 to 20 forward passes.
+    Cost: some 5 to 20 forward passes, a step and a copy of the optimizer's state with each.
     Source: critical sharpness, λ_c = 2/η_c, of arXiv 2601.16979.
     """
-    with put_back(replay.params) as before:
-        take_step(double, lambda: _backward(replay))
-        update = add_([t.clone() for t in locals_of(replay.params)], before, -1.0)
-    slope = dot(gradient, update)
+
+    def trial(multiple: float) -> tuple[float, float]:
+        """Change of the loss, and gᵀΔ, of a step at this multiple."""
+        double = double_of(optimizer)
+        set_rates(double, [rate * multiple for rate in rates])
+        for p, g in zip(replay.params, gradient, strict=True):
+            p.grad = g.clone()
+        with put_back(replay.params) as before:
+            take_step(double, lambda: _backward(replay))
+            slope = dot(gradient, add_([t.clone() for t in locals_of(replay.params)], before, -1.0))
+            return replay.value() - loss, slope
+
+    first, slope = trial(1.0)
     if not slope < 0.0:
         return math.nan, "the update does not descend the gradient of this batch"
 
-    def change_per_length(factor: float) -> float:
-        """(L(θ + factor·Δ) − L(θ)) / factor: `slope` at 0, straight for a quadratic, 0 where the loss is back."""
-        with put_back(replay.params) as rest, torch.no_grad():
-            shards = locals_of(replay.params)
-            for shard, start, moved in zip(shards, rest, update, strict=True):
-                torch.add(start, moved, alpha=factor, out=shard)
-            change = (replay.value() - loss) / factor
+    def change_per_length(multiple: float) -> float:
+        """ΔL(multiple) / multiple: `slope` at 0, a straight line for a quadratic, 0 where the loss is back."""
+        change = (first if multiple == 1.0 else trial(multiple)[0]) / multiple
         return change if math.isfinite(change) else -10.0 * slope
 
-    factor = _root(change_per_length, slope)
-    return factor * first_rate([learning_rate(group) for group in double.param_groups]), ""
+    return _root(change_per_length, slope) * first_rate(rates), ""
 
 
 def _root(f: Callable[[float], float], slope: float) -> float:

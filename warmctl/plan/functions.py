@@ -36,7 +36,7 @@ QUOTIENTS = {operator.truediv, torch.div, "div"}
 AVERAGES = {torch.mean, "mean"}
 TOTALS = {torch.sum, "sum"}
 POOLS = {F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d}
-MAX_POOLS = {torch.nn.functional.max_pool1d: 1, torch.nn.functional.max_pool2d: 2}
+MAX_POOLS: dict[Any, int] = {torch.nn.functional.max_pool1d: 1, torch.nn.functional.max_pool2d: 2}
 
 Gains = dict[fx.Node, float]
 

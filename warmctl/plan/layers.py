@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,11 @@ SLOPES: dict[type, float] = {
 }
 """The steepest slope of each; rounded up."""
 
+
+def _slope(slope: float, layer: nn.Module, x: Tensor) -> Layer:
+    return constant(slope)
+
+
 RULES: dict[type, Rule] = {
     nn.Linear: _linear,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
@@ -170,7 +176,7 @@ RULES: dict[type, Rule] = {
     nn.LeakyReLU: lambda layer, x: constant(max(1.0, abs(layer.negative_slope))),
     nn.ELU: lambda layer, x: constant(max(1.0, abs(layer.alpha))),
     nn.CELU: lambda layer, x: constant(1.0),
-    **{kind: (lambda layer, x, slope=slope: constant(slope)) for kind, slope in SLOPES.items()},
+    **{kind: partial(_slope, slope) for kind, slope in SLOPES.items()},
 }
 
 

@@ -104,13 +104,12 @@ def _measured(
             raise ValueError(f"the loss on batch is {loss}: there is no landscape to measure")
         for p, g in zip(params, gradient, strict=True):
             p.grad = g
+        measured = rates if peak else proportions(rates)
         double = double_of(optimizer)
-        set_rates(double, rates if peak else proportions(rates))
+        set_rates(double, measured)
         figures, reasons = _by_curvature(replay, gradient, double, peak)
-        for p, g in zip(params, gradient, strict=True):
-            p.grad = g.clone()
         try:
-            forward, why = loss_rises_from(replay, gradient, loss, double)
+            forward, why = loss_rises_from(replay, gradient, loss, optimizer, measured)
         except Exception as error:
             forward, why = math.nan, f"the update could not be made on a copy: {first_line(error)}"
         figures["critical_rate_forward"] = None if math.isnan(forward) else forward
@@ -144,6 +143,9 @@ def _by_curvature(replay: Replay, gradient: Vector, double: Optimizer, peak: flo
         # The double may have a rate of 1 in place of none: what is proportional to it is then 0.
         unit = first_rate([float(group["lr"]) for group in double.param_groups])
         critical = unit / edge.ratio if edge.ratio > 0 else math.inf
+        if not math.isfinite(edge.ratio):
+            why = "a Hessian-vector product was not finite"
+            return figures, dict.fromkeys(("sharpness", "threshold", "ratio", "critical_rate"), why)
         figures |= {
             "sharpness": edge.sharpness,
             "threshold": edge.threshold,

@@ -45,14 +45,13 @@ class ReferenceRun:
     @classmethod
     def of(cls, reference: Any) -> ReferenceRun:
         """From what `plan` was given; its history read, if it is a record."""
-        if reference is None:
-            reference = cls()
+        if isinstance(reference, cls):
+            run = reference
         elif isinstance(reference, tuple) and len(reference) == 2 and all(map(_is_number, reference)):
-            reference = cls(*reference)
-        elif not isinstance(reference, cls):
-            reference = cls(history=reference)
-        history = reference.history
-        return reference if history is None else replace(reference, history=_read(history))
+            run = cls(*reference)
+        else:
+            run = cls(history=reference)
+        return run if run.history is None else replace(run, history=_read(run.history))
 
     @property
     def recorded_rate(self) -> float | None:

@@ -123,7 +123,8 @@ class _Values(fx.Interpreter):
 
 def _norms(values: _Values, wanted: set[int]) -> dict[int, float]:
     """A bound on ‖∂z/∂p‖ for each parameter by id, from the output back to the inputs."""
-    nodes = list(values.module.graph.nodes)  # type: ignore[union-attr]
+    graph: Any = values.module.graph
+    nodes = list(graph.nodes)
     learns = _learns(values, nodes, wanted)
     behind: dict[fx.Node, float] = {nodes[-1].args[0]: 1.0}
     norms: dict[int, float] = {}
@@ -159,10 +160,11 @@ def _layer(values: _Values, node: fx.Node) -> Any:
     module = values.fetch_attr(str(node.target))
     named = f"{node.target} ({type(module).__name__})"
     rule = rule_for(module)
-    if rule is None or len(node.args) != 1 or node.kwargs:
+    source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+    if rule is None or not isinstance(source, fx.Node):
         raise Doubt(f"the bound does not compose through {named}")
     try:
-        return rule(module, values.of[node.args[0]])
+        return rule(module, values.of[source])
     except NotImplementedError as error:
         raise Doubt(f"the bound does not compose through {named} with {error}") from None
 

@@ -35,22 +35,16 @@ def endless(batches: Iterable[Any], wanted: int) -> Iterator[Any]:
 @contextmanager
 def stream_put_back(batches: Any) -> Iterator[None]:
     """Generators of a loader and of its samplers stand afterwards where they stood. An iterator's own place is lost."""
-    owners = list(_owners(batches))
-    held = {
-        id(g): g
-        for owner in owners
-        for g in vars(owner).values()
-        if isinstance(g, torch.Generator | np.random.Generator)
-    }
-    states = [(g, g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state) for g in held.values()]
+    held = {id(g): g for owner in _owners(batches) for g in vars(owner).values()}.values()
+    of_torch = [(g, g.get_state()) for g in held if isinstance(g, torch.Generator)]
+    of_numpy = [(g.bit_generator, g.bit_generator.state) for g in held if isinstance(g, np.random.Generator)]
     try:
         yield
     finally:
-        for generator, state in states:
-            if isinstance(generator, torch.Generator):
-                generator.set_state(state)
-            else:
-                generator.bit_generator.state = state
+        for generator, state in of_torch:
+            generator.set_state(state)
+        for bits, numbers in of_numpy:
+            bits.state = numbers
 
 
 def _owners(batches: Any, depth: int = 3) -> Iterator[Any]:
