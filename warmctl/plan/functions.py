@@ -61,24 +61,24 @@ def _spread(output: Tensor, value: Tensor) -> float:
     return math.sqrt(output.numel() / max(value.numel(), 1))
 
 
-def _sum(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
-    weight = abs(float(node.kwargs.get("alpha", 1.0)))  # type: ignore[arg-type]
+def _sum(node: fx.Node, sources: list[fx.Node], values: Mapping[Any, Any]) -> Gains:
+    weight: Any = node.kwargs.get("alpha", 1.0)
     gains: Gains = {}
     for place, arg in enumerate(node.args):
-        if arg in sources:
-            factor = _spread(values[node], values[arg]) * (weight if place == 1 else 1.0)  # type: ignore[index]
-            gains[arg] = gains.get(arg, 0.0) + factor  # type: ignore[index, arg-type]
+        if isinstance(arg, fx.Node) and arg in sources:
+            factor = _spread(values[node], values[arg]) * (abs(float(weight)) if place == 1 else 1.0)
+            gains[arg] = gains.get(arg, 0.0) + factor
     return gains
 
 
-def _product(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
+def _product(node: fx.Node, sources: list[fx.Node], values: Mapping[Any, Any]) -> Gains:
     """Of a ⊙ b: the other factor's largest entry, with a change of one entry spread where it is broadcast."""
     gains: Gains = {}
-    for place, arg in enumerate(node.args):
-        if arg in sources:
-            other = values.get(node.args[1 - place], node.args[1 - place])  # type: ignore[call-overload]
-            largest = float(other.abs().max()) if isinstance(other, Tensor) else abs(float(other))
-            gains[arg] = gains.get(arg, 0.0) + largest * _spread(values[node], values[arg])  # type: ignore[index, arg-type]
+    for arg, other in zip(node.args, reversed(node.args), strict=True):
+        if isinstance(arg, fx.Node) and arg in sources:
+            factor = values.get(other, other)
+            largest = float(factor.abs().max()) if isinstance(factor, Tensor) else abs(float(factor))
+            gains[arg] = gains.get(arg, 0.0) + largest * _spread(values[node], values[arg])
     return gains
 
 
@@ -122,9 +122,10 @@ def _pool(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) 
 
 
 def _max_pool(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
+    target: Any = node.target
     kernel = node.args[1] if len(node.args) > 1 else node.kwargs["kernel_size"]
     stride = node.args[2] if len(node.args) > 2 else node.kwargs.get("stride")
-    return dict.fromkeys(sources, max_pool_gain(kernel, stride, MAX_POOLS[node.target]))
+    return dict.fromkeys(sources, max_pool_gain(kernel, stride, MAX_POOLS[target]))
 
 
 _RULES: dict[Any, Callable[[fx.Node, list[fx.Node], Mapping[fx.Node, Any]], Gains]] = {

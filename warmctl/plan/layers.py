@@ -149,7 +149,7 @@ def _dropout(layer: Any, x: Tensor) -> Layer:
 SLOPES: dict[type, float] = {
     **dict.fromkeys((nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.ReLU6, nn.Tanh, nn.Hardtanh), 1.0),
     **dict.fromkeys((nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink), 1.0),
-    **{nn.Sigmoid: 0.25, nn.Hardsigmoid: 1 / 6, nn.Softmax: 0.5, nn.Hardswish: 1.5, nn.SELU: 1.7581},
+    **{nn.Sigmoid: 0.25, nn.Hardsigmoid: 0.1667, nn.Softmax: 0.5, nn.Hardswish: 1.5, nn.SELU: 1.7581},
     **{nn.GELU: 1.1290, nn.SiLU: 1.0999, nn.Mish: 1.0885},
 }
 """The steepest slope of each; rounded up."""
