@@ -74,14 +74,19 @@ def smallest_linear_warmup(ratios: Sequence[float] | NDArray[np.float64], target
 
 
 def recorded_ratios(history: History, rate: float) -> NDArray[np.float64]:
-    """r₁(t) at the peak `rate` from a record: its stability ratio per unit of applied rate, held between readings.
+    """r₁(t) at the peak `rate` from a record, held between readings.
+
+    A reading is sharpness over threshold, as measured; where a row lacks them, its stability ratio per unit of applied
+    rate, which the wrapper smooths.
 
     Raises: ValueError for a record without a single reading.
     """
-    rows = zip(history["step"], history["stability_ratio"], history["lr"], strict=True)
-    known = {
-        step: ratio / lr for step, ratio, lr in rows if step >= 1 and lr and ratio is not None and math.isfinite(ratio)
-    }
+    names = ("step", "sharpness", "threshold", "stability_ratio", "lr")
+    known: dict[int, float] = {}
+    for step, sharpness, threshold, ratio, lr in zip(*(history[name] for name in names), strict=True):
+        per_rate = next((a / b for a, b in ((sharpness, threshold), (ratio, lr)) if a is not None and b), math.nan)
+        if step >= 1 and math.isfinite(per_rate):
+            known[step] = per_rate
     if not known:
         raise ValueError(
             "the history of reference has no finite stability_ratio: record the run with AdaptiveWarmup, "
