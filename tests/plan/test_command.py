@@ -69,5 +69,5 @@ def test_a_function_that_will_not_do(file: str, function: str, error: type[Excep
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         plan_command("nowhere.py:build")
-    with pytest.raises(ValueError, match="expected FILE.py:FUNCTION"):
+    with pytest.raises(ValueError, match="expected FILE"):
         plan_command("nowhere.py")

@@ -32,15 +32,15 @@ def test_it_holds_and_none_shorter_does(ratios: list[float], target: float) -> N
 
 
 class Bowl(nn.Module):
-    """½ λ x², with λ from the batch."""
+    """½ λ (x₁² + x₂²/10), with λ from the batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.x = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.x = nn.Parameter(torch.ones(2, dtype=torch.float64))
 
 
 def bowl_loss(model: Any, curvature: Tensor) -> Tensor:
-    loss: Tensor = 0.5 * curvature * model.x**2
+    loss: Tensor = 0.5 * curvature * (model.x[0] ** 2 + 0.1 * model.x[1] ** 2)
     return loss
 
 
@@ -58,7 +58,7 @@ def curvature_at(course: Callable[[int], float], step: int) -> Tensor:
 
 
 def train(course: Callable[[int], float], warmup: int, steps: int = 400) -> tuple[list[float], list[float]]:
-    """Plain descent with a linear warmup: |x| after each step over |x| before, and the stability ratio of each."""
+    """Plain descent with a linear warmup: |x₁| after each step over that before, and the stability ratio of each."""
     model = Bowl()
     optimizer = torch.optim.SGD(model.parameters(), PEAK)
     growth, ratios = [], []
@@ -66,9 +66,9 @@ def train(course: Callable[[int], float], warmup: int, steps: int = 400) -> tupl
         optimizer.param_groups[0]["lr"] = PEAK * min(1.0, step / warmup)
         optimizer.zero_grad()
         bowl_loss(model, curvature_at(course, step)).backward()  # type: ignore[no-untyped-call]
-        before = abs(float(model.x.detach()))
+        before = abs(float(model.x[0].detach()))
         optimizer.step()
-        growth.append(abs(float(model.x.detach())) / before)
+        growth.append(abs(float(model.x[0].detach())) / before)
         ratios.append(optimizer.param_groups[0]["lr"] * course(step) / 2)
     return growth, ratios
 

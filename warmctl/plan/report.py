@@ -127,7 +127,7 @@ class Plan:
 
     def _on_ratio(self) -> str:
         if self.ratio is None or self.ratio <= self.target:
-            return "below the edge: this peak is stable here from the start"
+            return "below the edge as things are now; the sharpness may rise in training"
         if self.ratio <= 1.0:
             return f"below the edge at 1, above the target of {self.target:g}"
         if self.preconditioned:
@@ -145,11 +145,11 @@ class Plan:
 
     def _on_warmup(self) -> str:
         if self.warmup_steps is None or self.warmup_steps == 0:
-            return "no warmup is needed for stability"
+            return "none needed as things are now; a range test or a recorded run sees the sharpness rise"
         if self.total_steps is None:
-            return "the shortest linear warmup that stays below the edge"
+            return "the shortest linear warmup that stays below the target"
         if self.warmup_steps > self.total_steps:
             share = self.total_steps / self.warmup_steps
             return f"longer than the run: the peak is never stable here, {share * self.rate:.3g} is"
         share = self.warmup_steps / self.total_steps
-        return f"the shortest linear warmup that stays below the edge, {share:.2g} of the run"
+        return f"the shortest linear warmup that stays below the target, {share:.2g} of the run"
