@@ -5,6 +5,11 @@ from warmctl.curvature.operators import HessianOperator as HessianOperator
 from warmctl.curvature.scaled import ScaledOperator as ScaledOperator
 from warmctl.curvature.sharpness import sharpness as sharpness
 from warmctl.optimizer import AdaptiveWarmup as AdaptiveWarmup
+from warmctl.plan.plan import plan as plan
+from warmctl.plan.rate_range import RateRange as RateRange, rate_range as rate_range
+from warmctl.plan.reference import ReferenceRun as ReferenceRun
+from warmctl.plan.report import Plan as Plan
+from warmctl.plan.warmup import ExponentialFall as ExponentialFall
 from warmctl.record.history import History as History
 from warmctl.record.plotting import plot as plot
 from warmctl.stability.update_rules import (
