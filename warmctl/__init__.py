@@ -17,6 +17,11 @@ from warmctl.follow.unfreezing import Unfreezing as Unfreezing
 from warmctl.follow.vitals import Vitals as Vitals
 from warmctl.follow.weight_decay import WeightDecay as WeightDecay
 from warmctl.optimizer import AdaptiveWarmup as AdaptiveWarmup
+from warmctl.plan.plan import plan as plan
+from warmctl.plan.rate_range import RateRange as RateRange, rate_range as rate_range
+from warmctl.plan.reference import ReferenceRun as ReferenceRun
+from warmctl.plan.report import Plan as Plan
+from warmctl.plan.warmup import ExponentialFall as ExponentialFall
 from warmctl.record.history import History as History
 from warmctl.record.plotting import plot as plot
 from warmctl.record.schedule import RecordedWarmup as RecordedWarmup

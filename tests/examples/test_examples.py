@@ -117,6 +117,15 @@ def test_three_runs_are_told_apart(tmp_path: Path) -> None:
     assert "Lower `lr` from 3 to 1" in printed and printed.count("What to do: ") == 3
 
 
+def test_the_range_test_sees_what_one_measurement_cannot(tmp_path: Path) -> None:
+    """The claim of before_a_run: it says the two losses, after its own asserts."""
+    said = re.fullmatch(
+        r"loss: ([\d.]+) at the suggested rate, ([\d.]+) at the peak that was set",
+        run("before_a_run", tmp_path).splitlines()[-1],
+    )
+    assert said is not None and float(said[1]) < 0.2 < 2.0 < float(said[2])
+
+
 def test_every_example_is_in_the_table_with_its_command() -> None:
     table = (EXAMPLES / "README.md").read_text()
     rows = dict(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \|.*\| `(.+)` \|$", table, re.MULTILINE))
