@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from warmctl.record.columns import Column, as_plain
-from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
+from warmctl.record.parsing import Row
+from warmctl.record.row_files import CsvFile, JsonlFile, RowFile, read_rows
 
 
 class StepRow(NamedTuple):
