@@ -58,7 +58,7 @@ class RowFile:
 
     def _repair(self) -> None:
         """End the file with a whole line."""
-        for _, offset, line in _lines(self._stream):
+        for _, offset, line in lines_of(self._stream):
             if not line.endswith(b"\n"):
                 if self._is_torn(line):
                     self._truncate(offset)
@@ -87,7 +87,7 @@ class JsonlFile(RowFile):
         return as_json(row)
 
     def _rows(self) -> Iterator[tuple[int, int]]:
-        for number, offset, line in _lines(self._stream):
+        for number, offset, line in lines_of(self._stream):
             if line.strip() and line.endswith(b"\n"):
                 step = parse_row(line, self._path, number)["step"]
                 assert isinstance(step, int)
@@ -100,7 +100,7 @@ class JsonlFile(RowFile):
             if not line.startswith(b"{"):
                 raise ValueError(f"{self._path} is not a history: it ends in {line[:40]!r}") from None
             return True
-        parse_row(line, self._path, sum(1 for _ in _lines(self._stream)))
+        parse_row(line, self._path, sum(1 for _ in lines_of(self._stream)))
         return False
 
 
@@ -120,7 +120,7 @@ class CsvFile(RowFile):
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         self._header = None
-        for number, offset, line in _lines(self._stream):
+        for number, offset, line in lines_of(self._stream):
             if not line.endswith(b"\n"):
                 break
             try:
@@ -160,7 +160,7 @@ class CsvFile(RowFile):
         self._open()
 
 
-def _lines(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
+def lines_of(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
     """(number from 1, offset in bytes, line with its line break) of each line."""
     stream.seek(0)
     offset = 0
@@ -171,7 +171,7 @@ def _lines(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int,
 
 def read_rows(path: Path) -> Iterator[Row]:
     with open(path, "rb") as stream:
-        for number, _, line in _lines(stream):
+        for number, _, line in lines_of(stream):
             if not line.strip():
                 continue
             try:
