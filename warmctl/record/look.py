@@ -83,7 +83,9 @@ class _Thinned:
                 self._whole(number + index, line)
                 start = index + 1
         self._quiet(number + start, lines[start:])
-        self._last = number + len(lines) - 1, lines[-1]
+        whole = len(lines) if lines[-1].endswith(b"\n") else len(lines) - 1
+        if whole:
+            self._last = number + whole - 1, lines[whole - 1]
 
     def finish(self) -> None:
         """Keep the last row."""

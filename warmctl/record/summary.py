@@ -31,22 +31,24 @@ class Summary:
     """Last loss, NaN and infinity included."""
 
 
-def summarise(history: History) -> Summary:
-    """The summary of a history of at least one row."""
+def summarise(history: History, over_edge: float | None = None) -> Summary:
+    """The summary of a history of at least one row; `over_edge` of all rows, where some were left out."""
     ratios = [ratio for ratio in history["stability_ratio"] if ratio is not None and math.isfinite(ratio)]
 
     def last(column: str) -> float | None:
         return next((value for value in reversed(history[column]) if value is not None), None)
 
     probes = last("probes")
+    if over_edge is None and ratios:
+        over_edge = sum(ratio > 1 for ratio in ratios) / len(ratios)
     return Summary(
         steps=history["step"][-1],
         phase=history["phase"][-1],
         warmup=warmup_end(history),
         scale=last("scale"),
         peak_ratio=max(ratios, default=None),
-        over_edge=sum(ratio > 1 for ratio in ratios) / len(ratios) if ratios else None,
-        probes=None if probes is None else int(probes),
+        over_edge=over_edge,
+        probes=None if probes is None or not math.isfinite(probes) else int(probes),
         overhead=last("overhead"),
         loss=last("loss"),
     )

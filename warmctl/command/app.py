@@ -1,0 +1,17 @@
+"""The commands of `warmctl`."""
+
+from __future__ import annotations
+
+import typer
+
+from warmctl.command.plot import plot
+from warmctl.command.summary import summary
+
+app = typer.Typer(
+    help="Run, watch and look at trainings with warmctl. Records are JSONL files of opt.history.to_jsonl(path).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (plot, summary):
+    app.command()(command)
