@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 try:
-    import rich.table
+    import rich.table  # noqa: F401
     import typer  # noqa: F401
 except ImportError as error:
     sys.exit(f'the command line of warmctl needs typer and rich ({error}): pip install "warmctl[cli]"')

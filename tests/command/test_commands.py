@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from warmctl.command import plot as plot_command
 from warmctl.command.app import app
 from warmctl.command.records import names as names_of
-from warmctl.record.summary import Summary, summarise
 from warmctl.record.history import History, WarmupEnd
+from warmctl.record.summary import Summary, summarise
 
 ROOT = Path(__file__).parents[2]
 

@@ -97,7 +97,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     lines = [json.dumps(r) for r in rows()]
     lines[3210] = lines[3210].replace('"target": 0.5', '"target": "half"')
     (tmp_path / "run.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match="run.jsonl, line 3211: 'target' is text, not a number: 'half'"):
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 3211: 'target' is text, not a number: 'half'"):
         look(tmp_path / "run.jsonl", kept=300)
 
 

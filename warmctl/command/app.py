@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from warmctl.command.compare import compare
 from warmctl.command.plot import plot
 from warmctl.command.summary import summary
+from warmctl.command.watch import watch
 
 app = typer.Typer(
     help="Run, watch and look at trainings with warmctl. Records are JSONL files of opt.history.to_jsonl(path).",
@@ -13,5 +15,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plot, summary):
+for command in (plot, summary, compare, watch):
     app.command()(command)
