@@ -6,6 +6,7 @@ import typer
 
 from warmctl.command.compare import compare
 from warmctl.command.plot import plot
+from warmctl.command.run import ANYTHING, run
 from warmctl.command.summary import summary
 from warmctl.command.watch import watch
 
@@ -17,3 +18,4 @@ app = typer.Typer(
 )
 for command in (plot, summary, compare, watch):
     app.command()(command)
+app.command(context_settings=ANYTHING)(run)
