@@ -6,6 +6,7 @@ import typer
 
 from warmctl.command.compare import compare
 from warmctl.command.plot import plot
+from warmctl.command.report import report
 from warmctl.command.run import ANYTHING, run
 from warmctl.command.summary import summary
 from warmctl.command.watch import watch
@@ -16,6 +17,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plot, summary, compare, watch):
+for command in (plot, summary, compare, watch, report):
     app.command()(command)
 app.command(context_settings=ANYTHING)(run)

@@ -76,7 +76,7 @@ def draw_loss(axis: Axes, runs: list[NamedRun]) -> None:
     top = max(1.5 * abs(y[0]) if bad else y.max() for bad, (_, _, y) in zip(failed, curves, strict=True))
     log = bool(low > 0 and top > 20 * low)
     for bad, (run, x, y) in zip(failed, curves, strict=True):
-        smoothed = smooth(_means(run, y), log)
+        smoothed = smooth(means(run, y), log)
         if smoothed is not y:
             axis.plot(*thin(x, y), color=run.colour, linewidth=0.7, alpha=0.3, zorder=1.8, gid="raw")
         axis.plot(*thin(x, smoothed), color=run.colour, linewidth=1.5, zorder=run.layer, gid="loss")
@@ -200,7 +200,7 @@ def _label_lines(axis: Axes, targets: list[float]) -> None:
         axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), fontsize=SMALL, color=INK, va=va)
 
 
-def _means(run: NamedRun, losses: Floats) -> Floats:
+def means(run: NamedRun, losses: Floats) -> Floats:
     """Of a thinned record the loss over the stretch of each row: its rows are the extremes."""
     if "loss_mean" not in run.history.columns:
         return losses

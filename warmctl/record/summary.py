@@ -52,3 +52,25 @@ def summarise(history: History, over_edge: float | None = None) -> Summary:
         overhead=last("overhead"),
         loss=last("loss"),
     )
+
+
+def sentence(run: Summary) -> str:
+    """The summary in words."""
+    if run.warmup is not None:
+        why = f": {run.warmup.reason}" if run.warmup.reason else ""
+        parts = [f"Warmup ended at step {run.warmup.step} of {run.steps}{why}"]
+    elif run.phase == "warmup":
+        parts = [f"After {run.steps} steps warmup has not ended"]
+    else:
+        parts = [f"{run.steps} steps"]
+    if run.scale is not None:
+        parts.append(f"the rate is at {run.scale:.3g} of the schedule")
+    if run.peak_ratio is not None and run.over_edge is not None:
+        parts.append(
+            f"the stability ratio peaked at {run.peak_ratio:.3g}, {run.over_edge:.1%} of the steps above the edge"
+        )
+    if run.probes is not None and run.overhead is not None:
+        parts.append(f"{run.probes} probes cost {run.overhead:.1%} of training")
+    if run.loss is not None:
+        parts.append(f"the last loss is {run.loss:.4g}")
+    return "; ".join(parts) + "."
