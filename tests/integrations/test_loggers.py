@@ -114,6 +114,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    assert len(rows) == STEPS, (path, path.stat().st_size)
     check(by_name((int(row["warmup/step"]), row) for row in rows), expected)
     assert all(row["loss"] == 1.0 for row in rows) and any(row.get("warmup/reason") for row in rows)
 
