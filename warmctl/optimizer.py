@@ -20,7 +20,9 @@ from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
+from warmctl.record.about import configuration
 from warmctl.record.history import History, StepRow
+from warmctl.record.scalars import scalars
 from warmctl.rollback import all_or_nothing
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
@@ -94,7 +96,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence = Cadence(every=every, budget=budget)
-        self.history = History()
+        self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
         self._rates, self._signals = ScaledRates(), StepSignals()
         average = {} if control else {AVERAGE: self._signals.slope}
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, **average})
@@ -123,6 +125,10 @@ class AdaptiveWarmup(OptimizerProxy):
         """
         beside = ("scheduled_lr", "loss", "probed")
         return {name: value for name, value in self._row._asdict().items() if name not in beside}
+
+    def scalars(self, prefix: str = "warmup/") -> dict[str, float]:
+        """The finite numbers among `metrics`, for loggers: "warmup/scale" …, "warmup/phase" as 0, 1 or 2."""
+        return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
         name = type(self.base).__name__

@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from warmctl.command.compare import compare
+from warmctl.command.diagnose import diagnose
+from warmctl.command.plan import plan
 from warmctl.command.plot import plot
 from warmctl.command.report import report
 from warmctl.command.run import ANYTHING, run
@@ -17,6 +19,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plot, summary, compare, watch, report):
+for command in (plan, plot, summary, compare, watch, diagnose, report):
     app.command()(command)
 app.command(context_settings=ANYTHING)(run)

@@ -40,4 +40,12 @@ def report(
 
 def diagnosis(seen: Look) -> list[str]:
     """Verdict, evidence and advice, a paragraph each; nothing where there are too few losses for one."""
-    return []
+    try:
+        from warmctl.diagnose import diagnose
+    except ImportError:
+        return []
+    try:
+        found = diagnose(seen.history)
+    except ValueError:
+        return []
+    return [found.verdict, *map(str, found.evidence), f"What to do: {found.advice}"]
