@@ -30,6 +30,7 @@ from warmctl.stability.signals import StepSignals
 from warmctl.state import Counts, Saved
 
 log = logging.getLogger("warmctl")
+HISTORY_ONLY = "scheduled_lr", "loss", "probed"
 NO_PROBE_YET = math.nan, math.nan, math.nan
 NOT_FINITE = Reading(math.nan, reason="the loss or its gradient is not finite")
 
@@ -90,16 +91,14 @@ class AdaptiveWarmup(OptimizerProxy):
         arguments.wrapped(optimizer, model)
         arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         super().__init__(optimizer)
-        self.model, self.control = model, control
-        self.counts = Counts()
+        self.model, self.control, self.counts = model, control, Counts()
         self.sources = Sources(model, self.trainable, loss_fn)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
-        self.cadence = Cadence(every=every, budget=budget)
+        self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
         self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
-        self._rates, self._signals = ScaledRates(), StepSignals()
-        average = {} if control else {AVERAGE: self._signals.slope}
-        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, **average})
+        vectors = {VECTOR: self.meter} if control else {VECTOR: self.meter, AVERAGE: self._signals.slope}
+        self._saved = SavedState(optimizer, self._parts, vectors)
         self._record("", keep=False)
         self._saved.announce_numbers()
 
@@ -123,16 +122,16 @@ class AdaptiveWarmup(OptimizerProxy):
         one rate and no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`,
         `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
         """
-        beside = ("scheduled_lr", "loss", "probed")
-        return {name: value for name, value in self._row._asdict().items() if name not in beside}
+        return {name: value for name, value in self._row._asdict().items() if name not in HISTORY_ONLY}
 
     def scalars(self, prefix: str = "warmup/") -> dict[str, float]:
         """The finite numbers among `metrics`, for loggers: "warmup/scale" …, "warmup/phase" as 0, 1 or 2."""
         return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        name = type(self.base).__name__
-        return f"AdaptiveWarmup({name}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        return (
+            f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        )
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
