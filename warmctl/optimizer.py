@@ -172,9 +172,8 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params = largest_rate(self.param_groups), self.sources.params
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
-        evaluations = self.sources.evaluations
         self.counts.steps += 1
-        self.counts.gradients += evaluations
+        self.counts.gradients += (evaluations := self.sources.evaluations)
         if self.phase == "done":
             self._coast(rate, loss)
             return
