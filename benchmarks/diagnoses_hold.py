@@ -28,7 +28,7 @@ from benchmarks.harness.rows import Row, append, read
 from benchmarks.harness.source import bare, digest
 from benchmarks.tasks.policies import linear
 from benchmarks.tasks.tasks import task
-from warmctl.diagnose import diagnose
+from warmctl.diagnosis import diagnose
 
 WARMUPS, RATES, STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 0.7), (2, 3, 4, 5), 400
 SETS = {"chosen on": range(18), "checked on": range(100, 118)}

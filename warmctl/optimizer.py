@@ -23,7 +23,9 @@ from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
+from warmctl.record.about import configuration
 from warmctl.record.history import History, StepRow
+from warmctl.record.scalars import scalars
 from warmctl.rollback import all_or_nothing
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
@@ -31,7 +33,7 @@ from warmctl.stability.signals import StepSignals
 from warmctl.state import Counts, Saved
 
 log = logging.getLogger("warmctl")
-BESIDE = "scheduled_lr", "loss", "probed"
+HISTORY_ONLY = "scheduled_lr", "loss", "probed"
 NO_PROBE_YET = math.nan, math.nan, math.nan
 NOT_FINITE = Reading(math.nan, reason="the loss or its gradient is not finite")
 
@@ -99,18 +101,15 @@ class AdaptiveWarmup(OptimizerProxy):
         arguments.wrapped(optimizer, model)
         arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         super().__init__(optimizer)
-        self.model, self.control = model, control
-        self.counts = Counts()
+        self.model, self.control, self.counts = model, control, Counts()
         self.sources = Sources(model, self.trainable, loss_fn, skip_nonfinite)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
-        self.cadence = Cadence(every=every, budget=budget)
-        self.history = History()
-        self._followers = Followers(optimizer, control)
-        self._rates, self._signals = ScaledRates(), StepSignals()
-        self._made: Made | None = None
+        self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
+        self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
+        self._followers, self._made = Followers(optimizer, control), Made()
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
-        self._record(Made(), keep=False)
+        self._record(self._made, keep=False)
         self._saved.announce_numbers()
 
     @property
@@ -133,11 +132,16 @@ class AdaptiveWarmup(OptimizerProxy):
         no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so
         far, the last in gradient evaluations per one of training; `reason`: what holds the scale below 1.
         """
-        return {k: v for k, v in self._row._asdict().items() if k not in BESIDE} | self._followers.latest
+        return {k: v for k, v in self._row._asdict().items() if k not in HISTORY_ONLY} | self._followers.latest
+
+    def scalars(self, prefix: str = "warmup/") -> dict[str, float]:
+        """The finite numbers among `metrics`, for loggers: "warmup/scale" …, "warmup/phase" as 0, 1 or 2."""
+        return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        name = type(self.base).__name__
-        return f"AdaptiveWarmup({name}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        return (
+            f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        )
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -179,11 +183,11 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
-        evaluations = self.sources.evaluations
         self.counts.steps += 1
-        self.counts.gradients += evaluations
+        self.counts.gradients += (evaluations := self.sources.evaluations)
+        self._made = Made(SKIPPED)
         if self.sources.nonfinite.look(loss, params):
-            return self._record(Made(SKIPPED))
+            return
         if self.phase == "done":
             return self._coast(rate, loss)
         warming = self.phase == "warmup"
@@ -230,9 +234,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _end_step(self, decided: bool) -> None:
         """After the update: its row, the schedule's own rates again, the batch forgotten, what was thawed seen."""
-        if self._made is not None:
+        if decided:
             self._record(self._made)
-            self._made = None
         self._followers.end()
         self._rates.restore(self.param_groups)
         self.sources.next_step(measured_on_graph=self.meter.next_step())

@@ -7,7 +7,7 @@ import torch
 from benchmarks.harness.results import table
 from benchmarks.spectral_bound.dense import eigenvalues
 from benchmarks.spectral_bound.models import MODELS, case
-from warmctl.plan.spectral import spectral_bound
+from warmctl.planning.spectral import spectral_bound
 
 COLUMNS = {"model": "{}", "Gauss–Newton": "{:.3g}", "Hessian": "{:.3g}", "bound": "{:.3g}", "times": "{:.1f}"}
 

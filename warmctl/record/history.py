@@ -27,8 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+from warmctl.record.about import About, write_about
 from warmctl.record.columns import Column, as_plain
-from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
+from warmctl.record.notebook import as_html
+from warmctl.record.parsing import Row
+from warmctl.record.row_files import CsvFile, JsonlFile, RowFile, read_rows
 from warmctl.record.schedule import RecordedWarmup
 
 
@@ -68,10 +71,14 @@ class History(Sequence[Row]):
     (measured: 173 bytes a row with all of `COLUMNS`), so nothing is ever dropped: a million steps are
     0.17 GB.
 
+    `about` says in words what the run was made with. `to_jsonl("run.jsonl")` writes it, with the environment, to
+    `run.about.json`.
+
     Pickles and copies hold the rows and no open files: call `to_jsonl` or `to_csv` again to go on writing.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = (), about: About | None = None) -> None:
+        self.about = about
         self._stored: dict[str, Column] = {}
         self._length = 0
         self._recent: list[tuple[Any, ...]] = []
@@ -130,6 +137,8 @@ class History(Sequence[Row]):
         file alone, if it holds something else.
         """
         self._attach(JsonlFile, Path(path))
+        if self.about:
+            write_about(Path(path), self.about)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """As `to_jsonl`, in comma-separated values under a header line."""
@@ -180,11 +189,14 @@ class History(Sequence[Row]):
     def __repr__(self) -> str:
         return f"History({len(self)} rows" + (f", steps {self['step'][0]} to {self._last_step})" if len(self) else ")")
 
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
     def __copy__(self) -> History:
-        return History(self)  # a shallow copy would share columns that both then append to
+        return History(self, self.about)  # a shallow copy would share columns that both then append to
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

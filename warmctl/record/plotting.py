@@ -22,6 +22,7 @@ import numpy as np
 
 from warmctl.record.history import History, warmup_end
 from warmctl.record.panels import NamedRun, draw_ends, draw_loss, draw_rate, draw_ratio, frame
+from warmctl.record.shown import plain
 from warmctl.record.style import INK, LARGE, colours
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plot(
         axes = list(figure.subplots(3, sharex=True, height_ratios=(1.2, 1, 1)))
         setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010  for a notebook without pyplot
         if len(runs) == 1 and runs[0].name:
-            figure.suptitle(runs[0].name, fontsize=LARGE, fontweight="bold", color=INK)
+            figure.suptitle(plain(runs[0].name), fontsize=LARGE, fontweight="bold", color=INK)
     elif len(axes) == 3:
         owner = axes[0].figure
         figure = owner if isinstance(owner, Figure) else owner.figure
