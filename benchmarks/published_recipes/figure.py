@@ -37,7 +37,8 @@ def draw(groups: Sequence[Comparison], path: Path) -> None:
     for ax, group in zip(axes.flat, groups, strict=True):
         panel(ax, group)
     found = style.by_label(list(axes.flat))
-    style.legend_below(figure, dict(sorted(found.items(), key=lambda item: order(item[0]))), 4)
+    columns = int(figure.get_figwidth() / 2.8)
+    style.legend_below(figure, dict(sorted(found.items(), key=lambda item: order(item[0]))), columns)
     style.save(figure, path, dpi=130)
 
 
