@@ -69,8 +69,8 @@ def panel(ax: Any, group: Comparison) -> None:
     ax.set_xticks(list(places.values()), [f"{multiple:g} ×\n{rates[multiple]:g}" for multiple in places])
     ax.set_xlabel("peak rate: times the published one, and its value")
     ax.set_ylabel(AXES[group.by])
-    low = min(scores)
-    ax.set_ylim(bottom=low - 0.08 * (max(scores) - low))
+    low, high = min(scores), max(scores)
+    ax.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))  # intervals of two seeds would go beyond chance
     ax.set_title(f"{group.recipe}, {group.steps} updates")
 
 
