@@ -56,26 +56,22 @@ class AdaptiveWarmup(OptimizerProxy):
     Warmup ends by itself. Outside `step` the rates are the schedule's alone.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` but LBFGS. One without a registered update rule is measured along the
-            update that it really makes.
+        optimizer: any but LBFGS. One without a registered update rule is measured along the updates that it makes.
         model: the module whose parameters the optimizer holds; its buffers and modes are put back after probes.
         target: the stability ratio to stay below, in (0, 1.5].
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
         every: steps between probes of the ratio, or "auto": events and a budget decide.
         budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
-        hvp, estimator, probe_steps: how the ratio is measured, see `HessianOperator`; Hessian-vector products a probe,
-            twice as many at the first.
+        hvp, estimator, probe_steps: how the ratio is measured, see `HessianOperator`; and products a probe.
         after: when warmup has ended, "guard" goes on with sparse probes, which can cut the scale and let it come back
             to what it was then; "hold" keeps it, "release" returns to the schedule.
-        control: False only monitors: the trajectory is bitwise that of the bare optimizer. Phases and cadence are those
-            of a controlled run; `every=10` with `after="guard"` measures evenly.
+        control: False only monitors: the trajectory is bitwise that of the bare optimizer.
         max_warmup: steps after which warmup ends in any case.
         skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
         seed: of the random component of a warm start, where the solver takes one.
 
-    Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
-    differences, a look at the layers' outputs two forward passes. Memory: two parameter-sized vectors in warmup, one
-    after it, `probe_steps` + 3 more during a probe.
+    Cost: `budget` on average after an opening burst, and in warmup two forward passes each time that the layers'
+    outputs are looked at. Memory: two parameter-sized vectors in warmup, one after it, `probe_steps` + 3 in a probe.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -109,7 +105,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
         self._followers, self._made = Followers(optimizer, control), Made()
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
-        self._record(self._made, keep=False)
+        self._row = _row(self, self._made)
         self._saved.announce_numbers()
 
     @property
@@ -139,9 +135,8 @@ class AdaptiveWarmup(OptimizerProxy):
         return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        return (
-            f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
-        )
+        scale = self.controller.state.scale
+        return f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={scale:.4g})"
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -191,8 +186,6 @@ class AdaptiveWarmup(OptimizerProxy):
         if self.phase == "done":
             return self._coast(rate, loss)
         warming = self.phase == "warmup"
-        if not warming:
-            self._signals.rest()
         value, norm, slope, finite = self._signals.read(loss, params, warming and self.cadence.asks_slope())
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
         # Why to probe, or "". It also takes loss and norm into the averages that `surprise` compares with.
@@ -202,6 +195,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.sources.nonfinite.make(finite)
         decision = self.controller.update(rate, reading, slope, self.cadence.surprise)
         if self.phase != before:
+            self._signals.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
@@ -214,7 +208,6 @@ class AdaptiveWarmup(OptimizerProxy):
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
         self.sources.rest()
-        self._signals.rest()
         self.controller.update(rate)
         self._rates.scale(self.param_groups, self._followers.decided(self.controller.applied, self.phase, False))
         self._made = Made("", None if loss is None or loss.device.type != "cpu" else float(loss))
@@ -235,21 +228,16 @@ class AdaptiveWarmup(OptimizerProxy):
     def _end_step(self, decided: bool) -> None:
         """After the update: its row, the schedule's own rates again, the batch forgotten, what was thawed seen."""
         if decided:
-            self._record(self._made)
+            self._row = _row(self, self._made)
+            self.history.record(self._row, self._followers.row)
         self._followers.end()
         self._rates.restore(self.param_groups)
         self.sources.next_step(measured_on_graph=self.meter.next_step())
         self._take_back_scaler()
         if not decided and largest_rate(self.param_groups) <= 0.0:
-            self._row: StepRow = self._row._replace(lr=0.0)
+            self._row = self._row._replace(lr=0.0)
         if self._followers:
             self._follow_parameters()
-
-    def _record(self, made: Made, keep: bool = True) -> None:
-        """The row of this step."""
-        self._row = _row(self, made)
-        if keep:
-            self.history.record(self._row, self._followers.row)
 
     def backward(self, loss: Tensor) -> None:
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
@@ -299,7 +287,7 @@ class AdaptiveWarmup(OptimizerProxy):
                 if self._followers:
                     self.sources.follow(self.trainable)  # as it was when it was saved
                 self.sources.resume()
-                self._record(Made("resumed"), keep=False)
+                self._row = _row(self, Made("resumed"))
             else:
                 self.restart()
             self._saved.announce_numbers()
