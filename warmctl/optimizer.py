@@ -97,8 +97,8 @@ class AdaptiveWarmup(OptimizerProxy):
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
         self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
-        vectors = {VECTOR: self.meter} if control else {VECTOR: self.meter, AVERAGE: self._signals.slope}
-        self._saved = SavedState(optimizer, self._parts, vectors)
+        average = {} if control else {AVERAGE: self._signals.slope}
+        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, **average})
         self._record("", keep=False)
         self._saved.announce_numbers()
 
@@ -172,9 +172,8 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params = largest_rate(self.param_groups), self.sources.params
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
-        evaluations = self.sources.evaluations
         self.counts.steps += 1
-        self.counts.gradients += evaluations
+        self.counts.gradients += (evaluations := self.sources.evaluations)
         if self.phase == "done":
             self._coast(rate, loss)
             return
@@ -183,8 +182,7 @@ class AdaptiveWarmup(OptimizerProxy):
         # Why to probe, or "". It also takes loss and norm into the averages that `losing` and `surprise` compare with.
         due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
-        reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
-        before = self.phase
+        before, reading = self.phase, _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         decision = self.controller.update(rate, reading, self.cadence.losing, self.cadence.surprise)
         if self.phase != before:
             log.info("step %d: %s", int(self.counts.steps), decision.reason)

@@ -47,7 +47,7 @@ def _curve(title: str, steps: Floats, column: Sequence[Any]) -> str:
         return ""
     x, y = thin(x, y, POINTS)
     low, top = y.min(), y.max()
-    log = bool(low > 0 and top > 20 * low)
+    log = bool(low > 0 and top / 20 > low)
     heights = np.log(y) if log else y / 2  # halves, or a difference may overflow
     span = heights.max() - heights.min() or 1.0
     across = (x - steps[0]) / ((steps[-1] - steps[0]) or 1.0) * WIDTH
