@@ -67,7 +67,7 @@ NOTHING, RATIO, REPRESENTATION, SLOPE, RISING, ENDED, UNKNOWN = HOLDERS = (
     "a step may not move the representations further",
     "the next gradients do not agree that steps should be longer",
     "the rate is rising",
-    "warmup ended at this scale",
+    "held where warmup ended",
     "nothing has been measured yet",
 )
 """What holds the scale below 1."""
