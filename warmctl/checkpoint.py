@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from warmctl.state import Saved
 
 NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
-FORMAT = 2.0
+FORMAT = 3.0
 LAYOUT = "param_groups", "state"
 
 Parts = list[Tensor | None]
@@ -133,8 +133,8 @@ class SavedState:
             name: [part for part, p in zip(parts, params, strict=False) if p.requires_grad]
             for name, parts in vectors.items()
         }
-        for parts in kept.values():
-            _check_fits(numbers, len(self._values()), parts, trainable)
+        for name, parts in kept.items():
+            _check_fits(numbers, len(self._values()), name, parts, trainable)
         pairs = [] if numbers is None else self._split(numbers)
         for part, values in pairs:
             part.check_state_values(values)
@@ -158,7 +158,7 @@ class SavedState:
 
 
 def _check_fits(
-    numbers: list[float] | None, expected: int, vector: Sequence[Tensor | None], params: Sequence[Tensor]
+    numbers: list[float] | None, expected: int, name: str, vector: Sequence[Tensor | None], params: Sequence[Tensor]
 ) -> None:
     if numbers is not None and len(numbers) != expected:
         raise ValueError(
@@ -169,7 +169,7 @@ def _check_fits(
         if part is None:
             continue
         if not isinstance(part, Tensor) or not part.is_floating_point():
-            raise ValueError(f"{VECTOR} of trainable parameter {index} is no tensor of floats in the checkpoint")
+            raise ValueError(f"{name} of trainable parameter {index} is no tensor of floats in the checkpoint")
         if part.shape != p.shape:
             raise ValueError(
                 f"trainable parameter {index} has shape {tuple(p.shape)}, but {tuple(part.shape)} in the checkpoint: "
