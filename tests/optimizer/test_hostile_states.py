@@ -62,7 +62,7 @@ def all_of(run: Run) -> dict[str, Any]:
 
 
 def number_names() -> list[str]:
-    """Of all that is saved, in order; those of equal name belong to the controller's state, its gauges, its end first."""
+    """Of all that is saved, in order. Of equal names the first counts: the controller comes before the cadence."""
     names = ["format"]
     for part in built(steps=0)[1]._parts():
         own = list(vars(part)) if isinstance(part, FloatState) else NAMES_OF[type(part)]

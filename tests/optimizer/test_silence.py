@@ -46,7 +46,9 @@ def spoken(before: int, steps: int, control: bool, every: int | str = "auto") ->
 def test_plain_steps_of_manual_optimization() -> None:
     """Their batches can be looked at, so that the scale is not that of a run which has measured nothing."""
     ((message, scale),) = spoken(0, 120, control=True)
-    assert "calls no backward" in message and "opt.step(closure)" in message and f"{scale:.2g} of the schedule" in message
+    assert (
+        "calls no backward" in message and "opt.step(closure)" in message and f"{scale:.2g} of the schedule" in message
+    )
     assert scale > 2 * UNMEASURED
 
 
