@@ -137,7 +137,7 @@ class SavedState:
         trainable = [p for p in params if p.requires_grad]
         for name, keeper in self.vectors.items():
             parts = [part for part, p in zip(vectors[name], params, strict=False) if p.requires_grad]
-            _check_fits(parts, trainable)
+            _check_fits(name, parts, trainable)
             if numbers is not None:
                 keeper.load_vector(parts, trainable)
         return numbers is not None
@@ -161,12 +161,12 @@ def _check_number(numbers: list[float] | None, expected: int) -> None:
         )
 
 
-def _check_fits(vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
+def _check_fits(name: str, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
     for index, (part, p) in enumerate(zip(vector, params, strict=False)):
         if part is None:
             continue
         if not isinstance(part, Tensor) or not part.is_floating_point():
-            raise ValueError(f"{VECTOR} of trainable parameter {index} is no tensor of floats in the checkpoint")
+            raise ValueError(f"{name} of trainable parameter {index} is no tensor of floats in the checkpoint")
         if part.shape != p.shape:
             raise ValueError(
                 f"trainable parameter {index} has shape {tuple(p.shape)}, but {tuple(part.shape)} in the checkpoint: "

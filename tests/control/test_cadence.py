@@ -122,12 +122,14 @@ def test_state_round_trip() -> None:
     assert run(one, 100) == run(two, 100)
 
 
-def test_restart_probes_at_once_and_keeps_the_budget() -> None:
+@pytest.mark.parametrize("saved_up", [0.0, 3.0, 24.0])
+def test_restart_probes_at_once_and_has_a_fresh_burst(saved_up: float) -> None:
+    """Less than was saved up for a dear probe it never is."""
     cadence = Cadence()
     run(cadence, 300)
-    tokens = cadence.state.tokens
+    cadence.state.tokens = saved_up
     cadence.restart()
-    assert cadence.state.tokens == tokens
+    assert cadence.state.tokens == max(BURST, saved_up)
     assert cadence.due(1.0, 1.0, 2.0, False) == "first"
 
 

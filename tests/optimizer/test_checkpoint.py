@@ -215,11 +215,17 @@ def _later_format(saved: dict[str, Any]) -> None:
     saved["param_groups"][0]["warmctl"][0] = 99.0
 
 
+def _earlier_format(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["warmctl"] = torch.tensor([2.0, *[0.0] * 40], dtype=torch.float64)
+
+
 def _cut_short(saved: dict[str, Any]) -> None:
     saved["param_groups"][0]["warmctl"] = saved["param_groups"][0]["warmctl"][:-1]
 
 
-@pytest.mark.parametrize("damage", [_fewer_groups, _fewer_params, _other_shapes, _later_format, _cut_short])
+@pytest.mark.parametrize(
+    "damage", [_fewer_groups, _fewer_params, _other_shapes, _later_format, _earlier_format, _cut_short]
+)
 def test_a_changed_layout_is_an_error_that_leaves_the_run_as_it_was(damage: Callable[..., None]) -> None:
     run = build(torch.optim.AdamW)
     by_closures(run, range(3))

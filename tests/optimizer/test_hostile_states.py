@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,13 +15,27 @@ from torch import nn
 
 from tests.helpers import OwnLoss, assert_same, batch_of, closure_for, everything, mlp, own_loss, train
 from warmctl import AdaptiveWarmup
-from warmctl.checkpoint import NUMBERS, VECTOR
-from warmctl.control.controller import ControllerState
+from warmctl.checkpoint import AVERAGE, NUMBERS, VECTOR
+from warmctl.loss.captured import CapturedSource
+from warmctl.loss.live_graph import LiveGraph
+from warmctl.loss.source import Verdict
 from warmctl.stability.measurement import Measurement
-from warmctl.state import Counts
+from warmctl.stability.meter import Meter
+from warmctl.stability.signals import StepSignals
+from warmctl.state import FloatState
 
 Run = tuple[nn.Module, AdaptiveWarmup]
 State = dict[str, Any]
+
+
+FOUND = ["there", *(entry.name for entry in fields(Measurement) if entry.name != "reason")]
+NAMES_OF: dict[type, list[str]] = {
+    LiveGraph: ["wanted", "passes_before"],
+    CapturedSource: ["enabled", "trained_on", "scaled"],
+    Verdict: ["repeats"],
+    Meter: ["method", "rate", "representation_change", *(f"{r}_{n}" for r in ("last", "along") for n in FOUND)],
+    StepSignals: ["awaited_loss", "awaited_square", "along", "length", "end_slope", "sent", "followed"],
+}
 
 
 def built(optimizer_class: Any = torch.optim.AdamW, steps: int = 6, seed: int = 0, **options: Any) -> Run:
@@ -46,12 +61,19 @@ def all_of(run: Run) -> dict[str, Any]:
     }
 
 
+def number_names() -> list[str]:
+    """Of all that is saved, in order. Of equal names the first counts: the controller comes before the cadence."""
+    names = ["format"]
+    for part in built(steps=0)[1]._parts():
+        own = list(vars(part)) if isinstance(part, FloatState) else NAMES_OF[type(part)]
+        assert len(own) == len(part.state_values()), type(part)
+        names += own
+    return names
+
+
 def put(name: str, value: float) -> Callable[[State], None]:
     """Damage: this value in place of the number of that name."""
-    names = ["format", *vars(ControllerState()), *["?"] * 10, *vars(Counts()), *["?"] * 2, *["?"] * 3, "repeats"]
-    names += ["method", "rate", *(f"last_{field}" for field in ("there", *vars(Measurement(0, 0, 0, 0, 0, 0))))]
-    names.remove("last_reason")
-    index = names.index(name)
+    index = number_names().index(name)
 
     def damage(saved: State) -> None:
         saved["param_groups"][0][NUMBERS][index] = value
@@ -63,10 +85,10 @@ def whole(value: Any) -> Callable[[State], None]:
     return lambda saved: saved["param_groups"][0].update({NUMBERS: value})
 
 
-def vectors(change: Callable[[Any], Any]) -> Callable[[State], None]:
+def vectors(change: Callable[[Any], Any], name: str = VECTOR) -> Callable[[State], None]:
     def damage(saved: State) -> None:
         for entry in saved["state"].values():
-            entry[VECTOR] = change(entry[VECTOR])
+            entry[name] = change(entry[name])
 
     return damage
 
@@ -82,6 +104,14 @@ DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
     "share": (put("share", 0.0), "share is"),
     "forecast": (put("forecast", -1.0), "forecast is"),
     "shortening": (put("shortening", 0.0), "shortening is"),
+    "change over rate": (put("per_rate", -1.0), "per_rate is"),
+    "mean slope": (put("mean", -1.5), "mean is"),
+    "highest rate": (put("highest", math.nan), "highest is"),
+    "next look": (put("next_look", math.nan), "next_look is"),
+    "next slope": (put("next_slope", -1.0), "next_slope is"),
+    "representation change": (put("representation_change", -1.0), "representation_change is"),
+    "end slope": (put("end_slope", 1.5), "end_slope is"),
+    "followed": (put("followed", 0.5), "followed is"),
     "steps": (put("steps", math.nan), "steps is"),
     "steps in part": (put("steps", 2.5), "steps is"),
     "repeats": (put("repeats", 0.3), "repeats is"),
@@ -97,6 +127,8 @@ DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
     "vector of words": (vectors(lambda v: "v"), "warmctl_vector"),
     "vector of integers": (vectors(lambda v: v.long()), "warmctl_vector"),
     "vector cut short": (vectors(lambda v: v[:-1]), "shape"),
+    "average of words": (vectors(lambda v: "v", AVERAGE), "warmctl_average"),
+    "average cut short": (vectors(lambda v: v[:-1], AVERAGE), "shape"),
     "no groups": (lambda saved: saved.pop("param_groups"), "param_groups"),
     "no state": (lambda saved: saved.pop("state"), "state"),
     "groups of words": (lambda saved: saved.update(param_groups="ab"), "param_groups"),
@@ -244,7 +276,10 @@ def loads_right_or_refuses(saved: State, done: bool) -> None:
         assert_same(all_of(run), before)
         return
     if numbers is not None:
-        assert_same(run[1].state_dict()["param_groups"][0][NUMBERS], numbers.double())
+        expected = numbers.double().clone()
+        if expected[-1] != len(run[1].trainable):  # an average of other parameters than these is let go
+            expected[-1] = 0.0
+        assert_same(run[1].state_dict()["param_groups"][0][NUMBERS], expected)
     if any(group["lr"] > 10.0 for group in run[1].param_groups):
         return  # a possible rate, at which the bare optimizer diverges, or stops at one beyond float32
     for step in range(3):

@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers import batch_of, closure_for, loss_fn, mlp
 from warmctl import AdaptiveWarmup
+from warmctl.control.controller import UNMEASURED
 
 
 def plain_step(opt: AdaptiveWarmup, model: torch.nn.Module, index: int) -> None:
@@ -18,35 +19,42 @@ def plain_step(opt: AdaptiveWarmup, model: torch.nn.Module, index: int) -> None:
     opt.step(lambda: None)
 
 
-def spoken(before: int, steps: int, control: bool, every: int | str = "auto") -> list[str]:
-    """What is said in `steps` steps, after some in which the loss went through `backward`."""
+def spoken(before: int, steps: int, control: bool, every: int | str = "auto") -> list[tuple[str, float]]:
+    """What is said in `steps` steps, after some in which the loss went through `backward`; each with the scale then."""
     model = mlp()
     opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 30.0), model, control=control, every=every)
     for index in range(before):
         opt.zero_grad()
         opt.backward(loss_fn(model, batch_of(index)))
         opt.step()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for index in range(steps):
+    said: list[tuple[str, float]] = []
+    for index in range(steps):
+        scale = opt.metrics["scale"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             if before:
                 opt.zero_grad()
                 loss_fn(model, batch_of(index)).backward()
                 opt.step()
             else:
                 plain_step(opt, model, index)
+        said += [(str(w.message), scale) for w in caught if "warmctl" in str(w.message)]
     assert not control or opt.metrics["scale"] < 0.1
-    said = [str(w.message) for w in caught if "warmctl" in str(w.message)]
-    return [message for message in said if "not finite" not in message]  # the rate is far too high, and not scaled
+    return [(message, scale) for message, scale in said if "not finite" not in message]  # far too high, if not scaled
 
 
 def test_plain_steps_of_manual_optimization() -> None:
-    (message,) = spoken(0, 120, control=True)
-    assert "calls no backward" in message and "opt.step(closure)" in message and "0.01 of the schedule" in message
+    """Their batches can be looked at, so that the scale is not that of a run which has measured nothing."""
+    ((message, scale),) = spoken(0, 120, control=True)
+    assert (
+        "calls no backward" in message and "opt.step(closure)" in message and f"{scale:.2g} of the schedule" in message
+    )
+    assert scale > 2 * UNMEASURED
 
 
 def test_backward_that_is_used_once_and_not_again() -> None:
-    (message,) = spoken(1, 200, control=True)
+    ((message, scale),) = spoken(1, 200, control=True, every=2)
+    assert f"{scale:.2g} of the schedule" in message
     assert "opt.backward(loss)" in message and "at every step" in message
 
 

@@ -64,6 +64,15 @@ def test_crosses_zero_at_the_minimum_along_the_first_step() -> None:
     assert at == pytest.approx(0.0, abs=1e-12)
 
 
+def carried(slopes: list[float], last: float = math.nan) -> list[float]:
+    """As they are shown: where there is none the last one is."""
+    shown = []
+    for slope in slopes:
+        last = last if math.isnan(slope) else slope
+        shown.append(last)
+    return shown
+
+
 def by_snapshots(opt: AdaptiveWarmup, model: nn.Module, steps: range, snapshots: Snapshots, dtype: Any) -> list[float]:
     """Train on these steps; what the end slope is by its definition."""
     expected: list[float] = []
@@ -112,10 +121,11 @@ def test_begins_anew_where_parameters_are_frozen_or_thawed() -> None:
     for first, last, frozen in ((0, 5, False), (5, 9, True), (9, 13, False)):
         model[0].requires_grad_(not frozen)
         snapshots.begin_anew()
+        shown = opt.metrics["end_slope"] if frozen else math.nan  # thawing restarts all
         expected = by_snapshots(opt, model, range(first, last), snapshots, torch.float64)
         found = opt.history["end_slope"][first:last]
-        assert found == pytest.approx(expected, abs=1e-9, nan_ok=True)
-        assert [math.isnan(e) for e in found] == [True] + [False] * (last - first - 1)
+        assert found == pytest.approx(carried(expected, shown), abs=1e-9, nan_ok=True)
+        assert [math.isnan(e) for e in expected] == [True] + [False] * (last - first - 1)
 
 
 def test_begins_anew_where_a_parameter_is_another_or_of_another_shape() -> None:
@@ -128,7 +138,9 @@ def test_begins_anew_where_a_parameter_is_another_or_of_another_shape() -> None:
     opt.base.param_groups[0]["params"][3] = model[2].bias = nn.Parameter(torch.randn(5))
     for step in range(2):
         opt.step(closure_for(opt, model, batch_of(step), lambda m, b: m(b[0]).square().mean()))
-    assert [math.isnan(e) for e in opt.history["end_slope"]] == [True, False, False, True, False, True, False]
+    found = opt.history["end_slope"]
+    assert [math.isnan(e) for e in found] == [True, False, False, False, False, True, False]
+    assert found[3] == found[2] != found[4]  # none, so that the last one is shown
 
 
 def test_undefined_without_movement_or_gradient() -> None:
@@ -136,27 +148,28 @@ def test_undefined_without_movement_or_gradient() -> None:
     opt = monitor(model, torch.optim.SGD(model.parameters(), 0.1), every=50)
     for factor in (0.0, 0.0, 1.0, 1.0, 0.0, 1.0):
         opt.step(closure_for(opt, model, factor, lambda m, factor: factor * m()))
-    undefined = [math.isnan(e) for e in opt.history["end_slope"]]
-    #                  no movement so far          no gradient
-    assert undefined == [True, True, True, False, True, False]
+    found = opt.history["end_slope"]
+    #                                         no movement so far
+    assert [math.isnan(e) for e in found] == [True, True, True, False, False, False]
+    assert found[4] == found[3] != found[5]  # no gradient: the last one is shown
 
 
 def test_weights_that_were_not_finite_and_put_back_are_forgotten() -> None:
     model, snapshots = mlp().double(), Snapshots()
     opt = monitor(model, every=50)
-    by_snapshots(opt, model, range(4), snapshots, torch.float64)
+    last = by_snapshots(opt, model, range(4), snapshots, torch.float64)[-1]
     good = copy.deepcopy(model.state_dict())
     for _ in range(2):  # not finite from the first of these steps on
         opt.step(closure_for(opt, model, batch_of(0), lambda m, b: m(b[0].double()).sum() * math.nan))
     assert not all(p.isfinite().all() for p in model.parameters())
-    assert all(math.isnan(e) for e in opt.history["end_slope"][-2:])
+    assert opt.history["end_slope"][-2:] == pytest.approx([last, last], abs=1e-9)  # there was none
     model.load_state_dict(good)
     for state in opt.state.values():
         state["momentum_buffer"].zero_()
     snapshots.begin_anew()
     expected = by_snapshots(opt, model, range(4, 8), snapshots, torch.float64)
-    assert opt.history["end_slope"][-4:] == pytest.approx(expected, abs=1e-9, nan_ok=True)
-    assert math.isfinite(expected[-1])
+    assert opt.history["end_slope"][-4:] == pytest.approx(carried(expected, last), abs=1e-9)
+    assert math.isnan(expected[0]) and math.isfinite(expected[-1])
 
 
 def test_a_step_that_a_scaler_skips_moves_nothing() -> None:
@@ -240,7 +253,7 @@ def test_what_was_saved_after_freezing_begins_anew_as_the_run_does() -> None:
     train(opt, model, range(4, 7)), train(resumed, other, range(4, 7))
     found = resumed.history["end_slope"]
     assert_same(found, opt.history["end_slope"][-3:])
-    assert [math.isnan(e) for e in found] == [True, False, False]
+    assert found[0] == opt.history["end_slope"][3] != found[1]  # none yet: the last one is shown
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])

@@ -167,7 +167,7 @@ def test_a_closure_that_fails_each_time_is_left_to_its_live_graph() -> None:
             opt.step(closure_for(opt, model, batch_of(step)))
     assert opt.sources.verdict.failures == 3
     assert opt.meter.last is not None and not opt.meter.last.reason
-    assert opt.controller.state.probes - opt.controller.state.readings == 3
+    assert opt.counts.probes - opt.controller.state.readings == 3
 
 
 def test_a_permanent_reason_names_the_cause_and_the_remedy() -> None:

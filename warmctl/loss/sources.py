@@ -82,10 +82,15 @@ class Sources:
         return None
 
     def forward(self, params: list[Tensor], replays: Replays) -> Replay | None:
-        """What evaluates the model again on the step's batch, with or without its loss. Cost: as `step_loss`."""
-        failed = self.verdict.repeats == NEVER or self.verdict.failures  # trying again is left to the next probe
-        found = None if failed else self.step_loss(params, replays)
-        return self.captured.forward(params, replays) if found is None else found.replay
+        """What evaluates the model again on the step's batch, whether or not it gives the loss.
+
+        Cost: 1 for a closure that was not checked yet, else 0.
+        """
+        closures: tuple[Source, ...] = () if self.verdict.failures else (self.closure,)  # the next probe tries again
+        for source in (*closures, self.observed):
+            if source.ready and (found := source.step_loss(params, replays)) is not None:
+                return found.replay
+        return self.captured.forward(params, replays)
 
     @property
     def expected(self) -> bool:
