@@ -32,7 +32,11 @@ from warmctl.record.row_files import CsvFile, JsonlFile, Row, RowFile, read_rows
 
 
 class StepRow(NamedTuple):
-    """What a step leaves behind, in the order of the columns; `History.record` takes it as it is."""
+    """What a step leaves behind, in the order of the columns; `History.record` takes it as it is.
+
+    `representation_change` and `end_slope` are as last read in warmup, nan before; `reason` says what was done or
+    what holds the scale below 1, "" at the full rate.
+    """
 
     step: int
     phase: str
