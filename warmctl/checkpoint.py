@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from warmctl.state import Saved
 
 NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
-FORMAT = 2.0
+FORMAT = 3.0
 LAYOUT = "param_groups", "state"
 
 Parts = list[Tensor | None]
@@ -123,29 +123,24 @@ class SavedState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
         """Load the optimizer's part, numbers and vectors. False if a bare optimizer saved the state.
 
-        Raises: ValueError if the wrapper's part does not fit or is not possible, before anything is loaded; the base
-        checks its own.
+        Raises: ValueError if the wrapper's part does not fit or is not possible; the base checks its own.
         """
         bare, numbers, vectors = unpack(state_dict, self.vectors)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        trainable = [p for p in params if p.requires_grad]
-        kept = {
-            name: [part for part, p in zip(parts, params, strict=False) if p.requires_grad]
-            for name, parts in vectors.items()
-        }
-        for parts in kept.values():
-            _check_fits(numbers, len(self._values()), parts, trainable)
+        _check_number(numbers, len(self._values()))
         pairs = [] if numbers is None else self._split(numbers)
         for part, values in pairs:
             part.check_state_values(values)
         self.optimizer.load_state_dict(bare)
-        if numbers is None:
-            return False
         for part, values in pairs:
-            part.load_state_values(values)
+            part.load_state_values(values)  # which may thaw parameters
+        trainable = [p for p in params if p.requires_grad]
         for name, keeper in self.vectors.items():
-            keeper.load_vector(kept[name], trainable)
-        return True
+            parts = [part for part, p in zip(vectors[name], params, strict=False) if p.requires_grad]
+            _check_fits(parts, trainable)
+            if numbers is not None:
+                keeper.load_vector(parts, trainable)
+        return numbers is not None
 
     def _split(self, numbers: list[float]) -> list[tuple[Saved, list[float]]]:
         """Each part with its own of them."""
@@ -157,14 +152,16 @@ class SavedState:
         return pairs
 
 
-def _check_fits(
-    numbers: list[float] | None, expected: int, vector: Sequence[Tensor | None], params: Sequence[Tensor]
-) -> None:
+def _check_number(numbers: list[float] | None, expected: int) -> None:
     if numbers is not None and len(numbers) != expected:
         raise ValueError(
-            f"the checkpoint's warmctl state has {len(numbers)} numbers, not {expected}: its format is that of another "
-            "version. Load it there, or load a bare optimizer's state dict to begin warmup again"
+            f"the checkpoint's warmctl state has {len(numbers)} numbers, not {expected}: it was saved with other "
+            "followers (opt.follow), which must be there, in the same order, before it is loaded; or its format is "
+            "that of another version: load it there, or load a bare optimizer's state dict to begin warmup again"
         )
+
+
+def _check_fits(vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
     for index, (part, p) in enumerate(zip(vector, params, strict=False)):
         if part is None:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from warmctl import arguments
 from warmctl.checkpoint import AVERAGE, VECTOR, SavedState
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
+from warmctl.follow.follower import Follower
+from warmctl.follow.followers import Followers
 from warmctl.loss.nonfinite import SKIPPED
 from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
+from warmctl.record.about import configuration
 from warmctl.record.history import History, StepRow
+from warmctl.record.scalars import scalars
 from warmctl.rollback import all_or_nothing
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
@@ -29,44 +33,45 @@ from warmctl.stability.signals import StepSignals
 from warmctl.state import Counts, Saved
 
 log = logging.getLogger("warmctl")
-BESIDE = "scheduled_lr", "loss", "probed"
+HISTORY_ONLY = "scheduled_lr", "loss", "probed"
 NO_PROBE_YET = math.nan, math.nan, math.nan
 NOT_FINITE = Reading(math.nan, reason="the loss or its gradient is not finite")
+
+
+class Made(NamedTuple):
+    """What a step adds to its row: why, the loss, whether it was probed, and its stability ratio."""
+
+    reason: str = ""
+    loss: float | None = None
+    probed: bool = False
+    ratio: float = math.nan
 
 
 class AdaptiveWarmup(OptimizerProxy):
     """Learning-rate warmup without `warmup_steps`, around any PyTorch optimizer.
 
-    Every few steps a probe measures the stability ratio of the coming update (edge of stability at 1); a controller
-    scales the scheduled rates inside `step` so that the ratio stays below `target` (SGD: is cut back to it above the
-    edge), raises the scale with the age of the run and ends warmup by itself. Outside `step` the rates are the
-    schedule's alone.
+    A controller scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the
+    coming update (edge of stability at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes
+    the layers' outputs by a bounded part, and the scale grows while the next gradients agree with the last steps.
+    Warmup ends by itself. Outside `step` the rates are the schedule's alone.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` but LBFGS. One without a registered update rule is measured along the
-            update that it really makes.
+        optimizer: any but LBFGS. One without a registered update rule is measured along the updates that it makes.
         model: the module whose parameters the optimizer holds; its buffers and modes are put back after probes.
         target: the stability ratio to stay below, in (0, 1.5].
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
-        every: steps between probes, or "auto": events and a budget decide.
+        every: steps between probes of the ratio, or "auto": events and a budget decide.
         budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
-        hvp: "finite_difference", "double_backward" or "forward_over_reverse", see `HessianOperator`; "auto" is the
-            first, unless the model computes in less than float32 and an exact product says otherwise;
-            `backward(loss)` is always by double backward.
-        estimator: "lanczos" (from cold; then, with two products, Rayleigh–Ritz on the tracked eigenvector and the
-            coming step) or "power".
-        probe_steps: Hessian-vector products per probe; twice as many at the first.
+        hvp, estimator, probe_steps: how the ratio is measured, see `HessianOperator`; and products a probe.
         after: when warmup has ended, "guard" goes on with sparse probes, which can cut the scale and let it come back
             to what it was then; "hold" keeps it, "release" returns to the schedule.
-        control: False only monitors: the trajectory is bitwise that of the bare optimizer. Phases and cadence are those
-            of a controlled run; `every=10` with `after="guard"` measures evenly.
+        control: False only monitors: the trajectory is bitwise that of the bare optimizer.
         max_warmup: steps after which warmup ends in any case.
+        skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
         seed: of the random component of a warm start, where the solver takes one.
-        skip_nonfinite: leave out a step whose loss or gradient is not finite; else it is made, with a warning.
 
-    Cost: `budget` on average after an opening burst; a probe is `probe_steps` gradient evaluations by finite
-    differences. Memory: one parameter-sized vector between probes, `probe_steps` + 3 during one, 2 `probe_steps` + 3
-    during the first; with `control=False` one more in warmup.
+    Cost: `budget` on average after an opening burst, and in warmup two forward passes each time that the layers'
+    outputs are looked at. Memory: two parameter-sized vectors in warmup, one after it, `probe_steps` + 3 in a probe.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -92,17 +97,15 @@ class AdaptiveWarmup(OptimizerProxy):
         arguments.wrapped(optimizer, model)
         arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         super().__init__(optimizer)
-        self.model, self.control = model, control
-        self.counts = Counts()
+        self.model, self.control, self.counts = model, control, Counts()
         self.sources = Sources(model, self.trainable, loss_fn, skip_nonfinite)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
-        self.cadence = Cadence(every=every, budget=budget)
-        self.history = History()
-        self._rates, self._signals = ScaledRates(), StepSignals()
-        self._made: tuple[str, float | None, bool, float] | None = None  # of the row of this step
+        self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
+        self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
+        self._followers, self._made = Followers(optimizer, control), Made()
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
-        self._record("", keep=False)
+        self._row = _row(self, self._made)
         self._saved.announce_numbers()
 
     @property
@@ -113,23 +116,27 @@ class AdaptiveWarmup(OptimizerProxy):
     @property
     def _applied_scale(self) -> float:
         """What the rates of the last step were multiplied by."""
-        return self.controller.applied if self.control else 1.0
+        return self._followers.applied(self.controller.applied)
 
     @property
     def metrics(self) -> dict[str, Any]:
         """The values of the latest step, plain Python scalars, as the history has them.
 
         `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, measured at
-        probes and carried on between them; `end_slope`: −cos of this gradient and the last steps, if `control=False`;
-        `sharpness`, `threshold`, `residual`: of the last probe, r₁·τ/η in the optimizer's own coordinates (for SGD with
-        one rate and no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`,
-        `overhead`: so far, the last in gradient evaluations per one of training; `reason`: words, mostly "".
+        probes and carried on between them; `representation_change`, `end_slope`: as last measured; `sharpness`,
+        `threshold`, `residual`: of the last probe, r₁·τ/η in the optimizer's own coordinates (for SGD with one rate and
+        no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so
+        far, the last in gradient evaluations per one of training; `reason`: what holds the scale below 1.
         """
-        return {name: value for name, value in self._row._asdict().items() if name not in BESIDE}
+        return {k: v for k, v in self._row._asdict().items() if k not in HISTORY_ONLY} | self._followers.latest
+
+    def scalars(self, prefix: str = "warmup/") -> dict[str, float]:
+        """The finite numbers among `metrics`, for loggers: "warmup/scale" …, "warmup/phase" as 0, 1 or 2."""
+        return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        name = type(self.base).__name__
-        return f"AdaptiveWarmup({name}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        scale = self.controller.state.scale
+        return f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={scale:.4g})"
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -171,16 +178,14 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
-        evaluations = self.sources.evaluations
         self.counts.steps += 1
-        self.counts.gradients += evaluations
+        self.counts.gradients += (evaluations := self.sources.evaluations)
+        self._made = Made(SKIPPED)
         if self.sources.nonfinite.look(loss, params):
-            return self._record(SKIPPED)
+            return
         if self.phase == "done":
             return self._coast(rate, loss)
         warming = self.phase == "warmup"
-        if not warming:
-            self._signals.rest()
         value, norm, slope, finite = self._signals.read(loss, params, warming and self.cadence.asks_slope())
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
         # Why to probe, or "". It also takes loss and norm into the averages that `surprise` compares with.
@@ -190,22 +195,22 @@ class AdaptiveWarmup(OptimizerProxy):
         self.sources.nonfinite.make(finite)
         decision = self.controller.update(rate, reading, slope, self.cadence.surprise)
         if self.phase != before:
+            self._signals.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
         if warming and finite and self.cadence.look():
             self.meter.look(params, rate * self._applied_scale)
-        self._rates.scale(self.param_groups, self._applied_scale)
-        ratio = decision.ratio if self.control else decision.ratio / decision.scale  # it was not applied
-        self._made = decision.reason, None if loss is None else value, found is not None, ratio
+        self._rates.scale(self.param_groups, self._followers.decided(decision.scale, self.phase, found is not None))
+        ratio = self._followers.ratio(decision.ratio, decision.scale)
+        self._made = Made(decision.reason, None if loss is None else value, found is not None, ratio)
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
         self.sources.rest()
-        self._signals.rest()
         self.controller.update(rate)
-        self._rates.scale(self.param_groups, self._applied_scale)
-        self._made = "", None if loss is None or loss.device.type != "cpu" else float(loss), False, math.nan
+        self._rates.scale(self.param_groups, self._followers.decided(self.controller.applied, self.phase, False))
+        self._made = Made("", None if loss is None or loss.device.type != "cpu" else float(loss))
 
     def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
@@ -221,48 +226,38 @@ class AdaptiveWarmup(OptimizerProxy):
             self.restart()
 
     def _end_step(self, decided: bool) -> None:
-        """After the update: its row, the schedule's own rates again, the batch forgotten."""
-        if self._made is not None:
-            self._record(*self._made)
-            self._made = None
+        """After the update: its row, the schedule's own rates again, the batch forgotten, what was thawed seen."""
+        if decided:
+            self._row = _row(self, self._made)
+            self.history.record(self._row, self._followers.row)
+        self._followers.end()
         self._rates.restore(self.param_groups)
         self.sources.next_step(measured_on_graph=self.meter.next_step())
         self._take_back_scaler()
         if not decided and largest_rate(self.param_groups) <= 0.0:
-            self._row: StepRow = self._row._replace(lr=0.0)
-
-    def _record(
-        self, reason: str, loss: float | None = None, probed: bool = False, ratio: float = math.nan, keep: bool = True
-    ) -> None:
-        """The row of this step."""
-        counts, last, scale = self.counts, self.meter.last, self._applied_scale
-        scheduled = self._rates.scheduled(self.param_groups)
-        sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else NO_PROBE_YET
-        self._row = StepRow(
-            *(int(counts.steps), self.phase, scale, scale * scheduled, scheduled, loss, sharpness, threshold, ratio),
-            *(
-                self.meter.representation_change,
-                self._signals.end_slope,
-                self.controller.target,
-                residual,
-                int(counts.hvps),
-            ),
-            *(int(counts.probes), counts.overhead, probed, reason),
-        )
-        if keep:
-            self.history.record(self._row)
+            self._row = self._row._replace(lr=0.0)
+        if self._followers:
+            self._follow_parameters()
 
     def backward(self, loss: Tensor) -> None:
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
         arguments.loss(loss)
-        if self.sources.in_closure:  # `step` sees to it
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            self._backward_on_graph(loss, lambda: loss.backward())  # type: ignore[no-untyped-call]
+        plain: Callable[[], None] = loss.backward
+        plain() if self.sources.in_closure else self._backward_on_graph(loss, plain)  # `step` sees to a closure's
 
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""
         self.sources.observed.observe(batch, self.trainable)
+
+    def follow(self, *followers: Follower) -> AdaptiveWarmup:
+        """Have these move with the rate, and return self; with `control=False` nothing is moved.
+
+        A fresh wrapper must be given the same before it loads a state. Raises TypeError or ValueError for what cannot.
+        """
+        self._followers.add(followers, self.controller.applied)
+        self.sources.follow(self.trainable)  # some may have been frozen
+        self._saved.announce_numbers()
+        return self
 
     def restart(self) -> None:
         """Begin warmup again from here."""
@@ -289,17 +284,30 @@ class AdaptiveWarmup(OptimizerProxy):
         owners = self, self.controller, self.cadence, self.meter, estimator, self.sources.watch, self._signals, slope
         with all_or_nothing(self.base, self._parts(), owners):
             if self._saved.load_state_dict(state_dict):
+                if self._followers:
+                    self.sources.follow(self.trainable)  # as it was when it was saved
                 self.sources.resume()
-                self._record("resumed", keep=False)
+                self._row = _row(self, Made("resumed"))
             else:
                 self.restart()
             self._saved.announce_numbers()
 
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the eigenvector. The order is that of the checkpoint's format."""
-        sources = self.sources
-        loss = sources.graph, sources.captured, sources.verdict
-        return *self.controller.parts, self.cadence.state, self.counts, *loss, self.meter, self._signals
+        sources = self.sources.graph, self.sources.captured, self.sources.verdict
+        counts: tuple[Saved, ...] = *self.controller.parts, self.cadence.state, self.counts
+        return *counts, *sources, self.meter, self._signals, self._followers
+
+
+def _row(opt: AdaptiveWarmup, made: Made) -> StepRow:
+    counts, last, scale = opt.counts, opt.meter.last, opt._applied_scale
+    scheduled = opt._rates.scheduled(opt.param_groups)
+    sharpness, threshold, residual = (last.sharpness, last.threshold, last.residual) if last else NO_PROBE_YET
+    return StepRow(
+        *(int(counts.steps), opt.phase, scale, scale * scheduled, scheduled, made.loss, sharpness, threshold),
+        *(made.ratio, opt.meter.representation_change, opt._signals.end_slope, opt.controller.target, residual),
+        *(int(counts.hvps), int(counts.probes), counts.overhead, made.probed, made.reason),
+    )
 
 
 def _reading(found: Measurement | None, tolerant: bool) -> Reading | None:

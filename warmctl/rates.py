@@ -25,14 +25,15 @@ class ScaledRates:
         self._full: list[Any] | None = None
         self._written: list[tuple[Any, int]] = []
 
-    def scale(self, groups: list[dict[str, Any]], factor: float) -> None:
-        if factor == 1.0:  # bitwise the bare optimizer
+    def scale(self, groups: list[dict[str, Any]], factors: Sequence[float]) -> None:
+        """Multiply the rate of each group by its own. A tensor that several share takes the smallest of theirs."""
+        if all(factor == 1.0 for factor in factors):  # bitwise the bare optimizer
             return
         rates = [group["lr"] for group in groups]
         self._full = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         for tensor in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
-            tensor.mul_(factor)  # once, however many groups share it
-        for group, rate in zip(groups, rates, strict=True):
+            tensor.mul_(min(factor for rate, factor in zip(rates, factors, strict=True) if rate is tensor))
+        for group, rate, factor in zip(groups, rates, factors, strict=True):
             if not isinstance(rate, Tensor):
                 group["lr"] = rate * factor
         self._written = [(g["lr"], g["lr"]._version if isinstance(g["lr"], Tensor) else 0) for g in groups]

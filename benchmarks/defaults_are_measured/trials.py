@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.defaults_are_measured.variants import DEFAULT, VARIANTS
 from benchmarks.harness import runs
+from benchmarks.harness.jobs import measured
 from benchmarks.harness.policies import uses_adam
 from benchmarks.harness.problems import PROBLEMS, half_decades
 from benchmarks.harness.results import Results, Row, console
@@ -69,7 +70,7 @@ def run(wanted: Sequence[Trial], results: Results, workers: int) -> None:
     todo = [t for t in wanted if t.source == t.variant and (results.get(t.key) or {}).get("code") != code(t)]
     todo.sort(key=lambda t: (t.job.seed, not VARIANTS[t.variant].quick, VARIANTS[t.variant].options.get("every") == 1))
     start = time.perf_counter()
-    for done, row in enumerate(runs.measured(todo, workers, measure), 1):
+    for done, row in enumerate(measured(todo, workers, measure), 1):
         results.add(row["key"], row)
         if done % 30 == 0 or done == len(todo):
             spent = (time.perf_counter() - start) / 60

@@ -45,14 +45,19 @@ class Cell:
         """
         pairs = zip(self.values("warmctl", field), self.values(self.oracle, field), strict=True)
         logs = [math.log(ours) - math.log(theirs) for ours, theirs in pairs]
-        mean, n = sum(logs) / len(logs), len(logs)
-        if n < 2:
-            return mean, math.nan
-        deviation = math.sqrt(sum((x - mean) ** 2 for x in logs) / (n - 1))
-        return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+        return student(logs)
 
     def failures(self, policy: str) -> int:
         return sum(row["failed"] for row in self.runs[policy])
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval by Student's t; nan of one value."""
+    mean, n = sum(values) / len(values), len(values)
+    if n < 2:
+        return mean, math.nan
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
 def gather(rows: Iterable[Row]) -> tuple[list[Cell], int]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.harness.jobs import complete
 from benchmarks.harness.policies import Wrap, prepare
 from benchmarks.harness.problems import PROBLEMS, Problem
-from benchmarks.harness.results import Row, console
-from benchmarks.harness.rows import append, read
+from benchmarks.harness.results import Row
+from benchmarks.harness.rows import read
 from benchmarks.harness.source import digest, library
 from warmctl import AdaptiveWarmup
 
@@ -139,28 +139,6 @@ def load(path: Path) -> dict[Job, Row]:
 def run(jobs: Sequence[Job], path: Path, workers: int) -> dict[Job, Row]:
     """Do what is not in the file yet, and return the rows of all jobs."""
     library()  # now, while the files are those that were imported
-    rows = load(path)
     for name in {job.problem for job in jobs}:
         signature(name)  # makes the data too, before workers are forked
-    todo = [job for job in jobs if job not in rows or rows[job]["code"] != code(job)]
-    if len(todo) < len(jobs):
-        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path.name} already")
-    start = time.perf_counter()
-    for done, row in enumerate(measured(todo, workers, measure), 1):
-        append(path, row)
-        rows[Job(*(row[field] for field in Job._fields))] = row
-        if done % 50 == 0 or done == len(todo):
-            spent = time.perf_counter() - start
-            left = spent / done * (len(todo) - done)
-            console.print(f"{done} of {len(todo)} runs, {spent / 60:.1f} min, about {left / 60:.0f} min to go")
-    return {job: rows[job] for job in jobs}
-
-
-def measured(jobs: Sequence[Any], workers: int, work: Callable[[Any], Row]) -> Iterator[Row]:
-    """Rows in the order of completion; each worker is a process of one thread."""
-    if workers < 2 or len(jobs) < 2:
-        yield from map(work, jobs)
-        return
-    # Forked, so that data is made once and an edit of the library in mid-run cannot reach a worker.
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap_unordered(work, jobs)
+    return complete(jobs, load(path), path, workers, measure, code)

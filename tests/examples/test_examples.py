@@ -71,7 +71,7 @@ def check(name: str, printed: str, folder: Path) -> None:
     assert records[adaptive_file]["scale"][0] < 0.1
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "during"])
 def test_shows_what_it_says(name: str, tmp_path: Path) -> None:
     check(name, run(name, tmp_path), tmp_path)
 
@@ -108,6 +108,22 @@ def test_warmup_begins_again_at_every_thawing(tmp_path: Path) -> None:
     printed = run(name, tmp_path)
     assert printed.count("warmup began at steps [1, 61, 121]\n") == 2
     check(name, printed, tmp_path)
+
+
+def test_three_runs_are_told_apart(tmp_path: Path) -> None:
+    printed = run("diagnose_runs", tmp_path)
+    verdicts = re.findall(r"^(\w+)\.csv: (.+)$", printed, re.MULTILINE)
+    assert verdicts == [("dead", "lost"), ("slow", "over-warmed"), ("well", "well warmed")]
+    assert "Lower `lr` from 3 to 1" in printed and printed.count("What to do: ") == 3
+
+
+def test_the_range_test_sees_what_one_measurement_cannot(tmp_path: Path) -> None:
+    """The claim of before_a_run: it says the two losses, after its own asserts."""
+    said = re.fullmatch(
+        r"loss: ([\d.]+) at the suggested rate, ([\d.]+) at the peak that was set",
+        run("before_a_run", tmp_path).splitlines()[-1],
+    )
+    assert said is not None and float(said[1]) < 0.2 < 2.0 < float(said[2])
 
 
 def test_every_example_is_in_the_table_with_its_command() -> None:

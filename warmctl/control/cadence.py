@@ -1,10 +1,10 @@
 """When to probe: a budget in gradient evaluations, and free signals of the step already made that call for a probe.
 
-Probes are as far apart as the run is old: a gap is a fraction of its age, a small one near `target` and all of it
-ten times below. In between, an event calls for one before the step is made: a gradient norm or a loss that stands out
-of its own running average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred
-steps, the last of them kept for events. How far a step moves the representations is looked at more often, for it costs
-less than one gradient. Nothing here reads a clock: the same run probes at the same steps.
+Probes are as far apart as the run is old: a gap is half of its age near `target`, and twice that age ten times below.
+In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its own running
+average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred steps, the last of
+them kept for events. How far a step moves the representations is looked at more often, for it costs less than one
+gradient, and the end slope is read more often still. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from warmctl.state import COUNT, POSITIVE, Allowed, FloatState, saved
 
-GAP_NEAR, GAP_FAR, GAP_MOST = 0.25, 1.0, 50.0
+GAP_NEAR, GAP_FAR, GAP_MOST = 0.5, 2.0, 50.0
 """Steps between probes over the age of the run, at the target and a decade below it, and the most in warmup."""
 NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
@@ -22,13 +22,13 @@ NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 10.0, 6.0
+BURST, RESERVE = 10.0, 2.0
 """Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
-LOOKS, LOOK_GAP, LOOK_COST = 8, 0.5, 2.0 / 3.0
-"""First steps at each of which the representations are looked at, steps between later looks over the age of the run, and
-what one costs: two forward passes."""
+LOOKS, LOOK_GAP = 8, 0.5
+"""First steps at each of which the representations are looked at, and steps between later looks over the age of the
+run: so few that they need no budget."""
 SLOPE_GAP = 1.0 / 32.0
 """Steps between readings of the end slope over the age of the run: what it averages grows with the run."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
@@ -111,7 +111,6 @@ class Cadence:
         s = self.state
         if s.age < s.next_look:
             return False
-        s.tokens -= LOOK_COST
         s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
         return True
 

@@ -61,15 +61,17 @@ RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
 PHASES = ("warmup", "guard", "done")
-NOTHING, RATIO, REPRESENTATION, SLOPE, RISING, UNKNOWN = HOLDERS = (
+NOTHING, RATIO, REPRESENTATION, SLOPE, RISING, ENDED, UNKNOWN = HOLDERS = (
     "",
     "the stability ratio is at target",
     "a step may not move the representations further",
     "the next gradients do not agree that steps should be longer",
     "the rate is rising",
+    "held where warmup ended",
     "nothing has been measured yet",
 )
 """What holds the scale below 1."""
+DECAY = "the schedule falls faster than the rate may rise"
 
 
 @dataclass(frozen=True)
@@ -263,12 +265,12 @@ class Controller:
         s.highest_scale = max(s.highest_scale, s.scale)
         if first:
             return f"started at scale {s.scale:.3g}"
-        holder = RATIO if carried < bearable else REPRESENTATION
+        holder = RATIO if carried < bearable else REPRESENTATION if self.phase == "warmup" else ENDED
         if s.scale < before:
             return f"cut from scale {before:.3g} to {s.scale:.3g}: {holder}"
         if s.scale >= 1.0:
             return NOTHING
-        return RISING if s.scale > before else holder if s.scale >= limit else SLOPE
+        return holder if s.scale >= limit else RISING if s.scale > before else SLOPE
 
     def _growth(self, rate: float) -> float:
         """The factor that the scale may grow by at this step."""
@@ -309,7 +311,10 @@ class Controller:
         self.ending.take(s.age, s.scale, rate)
         if not self.ending.over(s.age, s.scale):
             return ""
-        return "full rate" if s.scale >= 1.0 else f"the scale settled at {s.scale:.3g}: {reason or SLOPE}"
+        if s.scale >= 1.0:
+            return "full rate"
+        # The scale may rise still, and the schedule fall faster.
+        return f"the scale settled at {s.scale:.3g}: {DECAY if reason == RISING else reason}"
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state

@@ -13,6 +13,9 @@ import numpy as np
 from warmctl.curvature.eigen import EigenResult, SymmetricOperator, lanczos
 from warmctl.vectors import Vector, add_, scale_
 
+COLLINEAR = 1e-3
+"""Length of what is left of the tracked vector beside the coming step, below which it is rounding."""
+
 
 def ritz_step(
     operator: SymmetricOperator, vector: Vector, direction: Callable[[], Vector]
@@ -37,7 +40,7 @@ def ritz_step(
     image = operator.matvec(first)
     along = operator.inner(first, image)
     add_(vector, first, -operator.inner(first, vector))
-    second = _unit(operator, vector)
+    second = _unit(operator, vector) if operator.inner(vector, vector) > COLLINEAR**2 else None
     if second is None:
         size = math.sqrt(operator.inner(image, image))
         return EigenResult(along, first, math.sqrt(max(size * size - along * along, 0.0)), 1, False), along

@@ -1,4 +1,4 @@
-"""What users of a training framework need beyond the wrapper: a file a framework, imported only by name.
+"""What users of a framework or a logger need beyond the wrapper: a file for each, imported only by name.
 
 Accelerate needs none: `accelerator.prepare` takes the wrapper, `unwrap(opt).observe(batch)` gives it the batch where
 the loss is computed outside of the model, `accelerator.log(scalars(opt))` logs it.
@@ -6,10 +6,10 @@ the loss is computed outside of the model, `accelerator.log(scalars(opt))` logs 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from warmctl.optimizer import AdaptiveWarmup
+from warmctl.record.scalars import scalars as scalars_of
 
 
 def unwrap(optimizer: Any) -> AdaptiveWarmup:
@@ -23,6 +23,5 @@ def unwrap(optimizer: Any) -> AdaptiveWarmup:
 
 
 def scalars(optimizer: Any, prefix: str = "warmup/") -> dict[str, float]:
-    """The numbers among `metrics`, as a logger takes them: no words, and no values that are not known yet."""
-    metrics = unwrap(optimizer).metrics
-    return {prefix + k: float(v) for k, v in metrics.items() if not isinstance(v, str) and math.isfinite(v)}
+    """The finite numbers among `metrics`, as a logger takes them; "warmup/phase" is 0, 1 or 2."""
+    return scalars_of(unwrap(optimizer).metrics, prefix)

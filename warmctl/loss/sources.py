@@ -82,8 +82,9 @@ class Sources:
         return None
 
     def forward(self, params: list[Tensor], replays: Replays) -> Replay | None:
-        """What evaluates the model again on the step's batch, whether or not it gives the loss. Cost: as `step_loss`."""
-        found = self.step_loss(params, replays) if self.verdict.repeats != NEVER else None
+        """What evaluates the model again on the step's batch, with or without its loss. Cost: as `step_loss`."""
+        failed = self.verdict.repeats == NEVER or self.verdict.failures  # trying again is left to the next probe
+        found = None if failed else self.step_loss(params, replays)
         return self.captured.forward(params, replays) if found is None else found.replay
 
     @property

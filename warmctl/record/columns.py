@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from warmctl.record.row_files import Value
+from warmctl.record.parsing import Value
 
 
 class Column(Sequence[Value]):

@@ -12,6 +12,7 @@ import numpy as np
 from warmctl.record.curves import Floats, all_equal, finite, smooth, thin
 from warmctl.record.history import History, WarmupEnd
 from warmctl.record.scales import limits, padded
+from warmctl.record.shown import plain
 from warmctl.record.style import (
     DASH_DOT,
     DASHES,
@@ -28,6 +29,8 @@ from warmctl.record.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+DRAWN = 1e30
 
 
 HEALTHY = 0.04, 0.15
@@ -47,7 +50,10 @@ class NamedRun:
     """Order of drawing: the first run lies over the later ones."""
 
     def __getitem__(self, column: str) -> Floats:
-        return np.array([np.nan if v is None else v for v in self.history[column]], dtype=np.float64)
+        """The column as it can be drawn: what is beyond 1e±30 lies there, or at zero."""
+        values = np.array([np.nan if v is None else v for v in self.history[column]], dtype=np.float64)
+        values = np.where(np.isfinite(values), values.clip(-DRAWN, DRAWN), values)
+        return np.where(np.abs(values) < 1 / DRAWN, 0.0, values)
 
 
 def frame(axes: Sequence[Axes], names: Sequence[str], runs: list[NamedRun], xscale: str) -> None:
@@ -55,7 +61,7 @@ def frame(axes: Sequence[Axes], names: Sequence[str], runs: list[NamedRun], xsca
     for axis in axes:
         dress(axis)
     first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
-    first = max(first, 1.0) if xscale == "log" else first
+    first, last = (max(first, 1.0), max(last, 2.0)) if xscale == "log" else (first, last)
     before, after = padded(first, last, 0.01, xscale == "log")
     axes[-1].set_xlabel("step", fontsize=MEDIUM, color=INK)
     for axis, name in zip(axes, names, strict=True):
@@ -74,7 +80,7 @@ def draw_loss(axis: Axes, runs: list[NamedRun]) -> None:
     top = max(1.5 * abs(y[0]) if bad else y.max() for bad, (_, _, y) in zip(failed, curves, strict=True))
     log = bool(low > 0 and top > 20 * low)
     for bad, (run, x, y) in zip(failed, curves, strict=True):
-        smoothed = smooth(y, log)
+        smoothed = smooth(means(run, y), log)
         if smoothed is not y:
             axis.plot(*thin(x, y), color=run.colour, linewidth=0.7, alpha=0.3, zorder=1.8, gid="raw")
         axis.plot(*thin(x, smoothed), color=run.colour, linewidth=1.5, zorder=run.layer, gid="loss")
@@ -87,7 +93,7 @@ def draw_loss(axis: Axes, runs: list[NamedRun]) -> None:
 
 
 def draw_ratio(axis: Axes, runs: list[NamedRun]) -> None:
-    targets = sorted({float(t[-1]) for run in runs if len(t := finite(run.steps, run["target"])[1])})
+    targets = sorted({float(t[-1]) for run in runs if len(t := finite(run.steps, run["target"])[1]) and t[-1] > 0})
     values, probes = [np.array([1.0, *targets])], 0
     for run in runs:
         ratio, probed = run["stability_ratio"], run["probed"] == 1
@@ -201,9 +207,10 @@ def _name_runs(axis: Axes, runs: list[NamedRun]) -> None:
     from matplotlib.lines import Line2D
 
     inches = axis.get_window_extent().width / axis.figure.dpi
-    room = int(15 * inches) - max(len(run.name) for run in runs) - 10  # the lines of the keys, and gaps
+    titles = [plain(run.name) for run in runs]
+    room = int(15 * inches) - max(map(len, titles)) - 10  # the lines of the keys, and gaps
     words = [textwrap.fill(_words(run.end), max(30, room)) if run.end else "" for run in runs]
-    names = [run.name + "\n" * text.count("\n") for run, text in zip(runs, words, strict=True)]
+    names = [title + "\n" * text.count("\n") for title, text in zip(titles, words, strict=True)]
     keys = [Line2D([], [], color=run.colour, linewidth=2) for run in runs]
     if any(words):
         names += words
@@ -212,7 +219,7 @@ def _name_runs(axis: Axes, runs: list[NamedRun]) -> None:
 
 
 def _words(end: WarmupEnd) -> str:
-    return f"warmup ended at step {end.step}" + (f": {end.reason}" if end.reason else "")
+    return plain(f"warmup ended at step {end.step}" + (f": {end.reason}" if end.reason else ""))
 
 
 def _label_lines(axis: Axes, targets: list[float]) -> None:
@@ -227,7 +234,15 @@ def _label_lines(axis: Axes, targets: list[float]) -> None:
         axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), fontsize=SMALL, color=INK, va=va)
 
 
+def means(run: NamedRun, losses: Floats) -> Floats:
+    """Of a thinned record the loss over the stretch of each row: its rows are the extremes."""
+    if "loss_mean" not in run.history.columns:
+        return losses
+    means = run["loss_mean"][np.isfinite(run["loss"])]
+    return np.where(np.isfinite(means), means, losses)
+
+
 def _diverged(run: NamedRun, losses: Floats) -> bool:
     """The loss is not finite at the end, or twenty times what it was at the start."""
     last = run.history[-1].get("loss")
-    return bool((last is not None and not np.isfinite(last)) or losses[-1] > 20 * abs(losses[0]))
+    return bool((last is not None and not np.isfinite(float(last))) or losses[-1] > 20 * abs(losses[0]))

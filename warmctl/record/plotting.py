@@ -31,6 +31,7 @@ from warmctl.record.panels import (
     draw_slope,
     frame,
 )
+from warmctl.record.shown import plain
 from warmctl.record.style import INK, LARGE, colours
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def plot(
         axes = list(figure.subplots(len(names), sharex=True, height_ratios=heights))
         setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010  for a notebook without pyplot
         if len(runs) == 1 and runs[0].name:
-            figure.suptitle(runs[0].name, fontsize=LARGE, fontweight="bold", color=INK)
+            figure.suptitle(plain(runs[0].name), fontsize=LARGE, fontweight="bold", color=INK)
     elif len(axes) == len(names):
         owner = axes[0].figure
         figure = owner if isinstance(owner, Figure) else owner.figure

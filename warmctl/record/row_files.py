@@ -5,18 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
-Value: TypeAlias = "bool | int | float | str | None"
-Row: TypeAlias = "dict[str, Value]"
-
-_TEXT = ("phase", "reason")
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+from warmctl.record.parsing import Row, Value, as_json, parse_row, read_json
 
 
 class RowFile:
@@ -65,7 +58,7 @@ class RowFile:
 
     def _repair(self) -> None:
         """End the file with a whole line."""
-        for _, offset, line in _lines(self._stream):
+        for _, offset, line in lines_of(self._stream):
             if not line.endswith(b"\n"):
                 if self._is_torn(line):
                     self._truncate(offset)
@@ -91,24 +84,23 @@ class RowFile:
 
 class JsonlFile(RowFile):
     def _encode(self, row: Row) -> bytes:
-        text = json.dumps({k: _to_json(v) for k, v in row.items()}, allow_nan=False, ensure_ascii=False)
-        return text.encode("utf-8", "backslashreplace") + b"\n"
+        return as_json(row)
 
     def _rows(self) -> Iterator[tuple[int, int]]:
-        for number, offset, line in _lines(self._stream):
+        for number, offset, line in lines_of(self._stream):
             if line.strip() and line.endswith(b"\n"):
-                step = _parse_json(line, self._path, number)["step"]
+                step = parse_row(line, self._path, number)["step"]
                 assert isinstance(step, int)
                 yield offset, step
 
     def _is_torn(self, line: bytes) -> bool:
         try:
-            json.loads(line)
+            read_json(line, ValueError)
         except ValueError:
             if not line.startswith(b"{"):
                 raise ValueError(f"{self._path} is not a history: it ends in {line[:40]!r}") from None
             return True
-        _parse_json(line, self._path, sum(1 for _ in _lines(self._stream)))
+        parse_row(line, self._path, sum(1 for _ in lines_of(self._stream)))
         return False
 
 
@@ -128,7 +120,7 @@ class CsvFile(RowFile):
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         self._header = None
-        for number, offset, line in _lines(self._stream):
+        for number, offset, line in lines_of(self._stream):
             if not line.endswith(b"\n"):
                 break
             try:
@@ -168,7 +160,7 @@ class CsvFile(RowFile):
         self._open()
 
 
-def _lines(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
+def lines_of(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
     """(number from 1, offset in bytes, line with its line break) of each line."""
     stream.seek(0)
     offset = 0
@@ -179,38 +171,14 @@ def _lines(stream: io.BufferedRandom | io.BufferedReader) -> Iterator[tuple[int,
 
 def read_rows(path: Path) -> Iterator[Row]:
     with open(path, "rb") as stream:
-        for number, _, line in _lines(stream):
+        for number, _, line in lines_of(stream):
             if not line.strip():
                 continue
             try:
-                yield _parse_json(line, path, number)
+                yield parse_row(line, path, number)
             except ValueError:
                 if line.endswith(b"\n"):
                     raise  # only a line without its line break can have been torn by a kill
-
-
-def _parse_json(line: bytes, path: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        raise ValueError(f"{path}, line {number}: not a row of a history ({error})") from None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError(f"{path}, line {number}: not a row of a history (an object with an integer 'step')")
-    for name, value in row.items():
-        if isinstance(value, (dict, list)):
-            raise ValueError(f"{path}, line {number}: {name!r} is not a plain value")
-        row[name] = _from_json(name, value)
-    return row
-
-
-def _to_json(value: Value) -> Value:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _from_json(name: str, value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) and name not in _TEXT else value
 
 
 def _to_csv(cells: Sequence[Value]) -> bytes:

@@ -7,6 +7,7 @@ import math
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
-from warmctl import __main__ as cli
+from warmctl.command import plot as plot_command
+from warmctl.command.app import app
+from warmctl.command.records import names as names_of
 from warmctl.record.history import History, WarmupEnd
+from warmctl.record.summary import Summary, summarise
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def record(last: int = 40, end: int | None = 11, **values: Any) -> History:
@@ -50,13 +54,13 @@ def write(path: Path, history: History) -> str:
 
 
 def invoke(*arguments: str, columns: int = 120) -> tuple[int, str, str]:
-    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(cli.app, arguments)
+    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(app, arguments)
     return result.exit_code, result.stdout, result.stderr
 
 
 def test_summary_of_a_history() -> None:
-    summary = cli.summarise(record())
-    assert summary == cli.Summary(
+    summary = summarise(record())
+    assert summary == Summary(
         steps=40,
         phase="guard",
         warmup=WarmupEnd(11, "the landscape [2.5] carries no more"),
@@ -71,14 +75,14 @@ def test_summary_of_a_history() -> None:
 
 def test_summary_of_a_baseline_that_diverged() -> None:
     rows = [{"step": 1, "loss": 1.0, "lr": 0.1}, {"step": 2, "loss": math.nan, "lr": 0.1}]
-    summary = cli.summarise(History(rows))
+    summary = summarise(History(rows))
     assert (summary.steps, summary.warmup, summary.peak_ratio, summary.over_edge) == (2, None, None, None)
     assert math.isnan(summary.loss or 0.0)
 
 
 def test_summary_leaves_failed_probes_out_of_the_peak() -> None:
     rows = [{"step": i, "stability_ratio": r} for i, r in enumerate([0.5, math.nan, math.inf, 2.0])]
-    summary = cli.summarise(History(rows))
+    summary = summarise(History(rows))
     assert (summary.peak_ratio, summary.over_edge) == (2.0, 0.5)
 
 
@@ -109,7 +113,7 @@ def test_plot_one_run_beside_its_file(tmp_path: Path) -> None:
 def test_plot_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     drawn: list[Any] = []
-    monkeypatch.setattr(cli, "draw", lambda runs, **kwargs: drawn.append((runs, kwargs)))
+    monkeypatch.setattr(plot_command, "draw", lambda runs, **kwargs: drawn.append((runs, kwargs)))
     for folder in ("a", "b"):
         write(tmp_path / folder / "run.jsonl", record())
     assert invoke("plot", "a/run.jsonl", "b/run.jsonl", "--log-steps")[:2] == (0, "wrote runs.png\n")
@@ -121,7 +125,7 @@ def test_plot_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_runs_are_named_by_the_shortest_that_tells_them_apart() -> None:
     def names(*paths: str) -> list[str]:
-        return cli._names([Path(path) for path in paths])
+        return names_of([Path(path) for path in paths])
 
     assert names("x/a.jsonl", "y/b.jsonl") == ["a", "b"]
     assert names("x/run.jsonl", "y/run.jsonl") == ["x/run", "y/run"]
@@ -192,3 +196,50 @@ def test_python_m_warmctl(tmp_path: Path) -> None:
     assert ["run", "40", "11", "0.25", "1.75", "5.3%", "10", "12.5%", "0.05"] in [
         line.split() for line in done.stdout.splitlines()
     ]
+
+
+HOSTILE = "run\x1b[31m$x_$\n.jsonl"
+
+
+@pytest.mark.parametrize("command", ["plot", "summary", "compare"])
+def test_nothing_hostile_reaches_the_terminal(tmp_path: Path, command: str) -> None:
+    words = "warmup ended: \x1b[2J\x9b31m[red] $\\frac$ \u202e \udc80"
+    runs = [
+        write(tmp_path / HOSTILE, History([row | {"reason": words if row["step"] == 11 else ""} for row in record()])),
+        write(tmp_path / "_other.jsonl", record()),
+    ]
+    out = ("--out", str(tmp_path / "$x_$.png")) if command != "summary" else ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, text, err = invoke(command, *runs, *out)
+    assert (code, err) == (0, "")
+    assert all(line.isprintable() for line in text.splitlines())
+    if command != "plot":
+        assert r"run\x1b[31m$x_$\n" in text.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["plot", "summary", "compare"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 2, "loss": "\\u001b[2J"}', r"line 2: 'loss' is text, not a number"),
+        ('{"step": 2, "loss": 1' + "0" * 400 + "}", "line 2: 'loss' is an integer too large"),
+        ("[" * 100_000, "line 2: not a row of a history (nested too deeply)"),
+    ],
+)
+def test_a_record_that_is_wrong_is_named(tmp_path: Path, command: str, line: str, message: str) -> None:
+    (tmp_path / HOSTILE).write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    good = write(tmp_path / "good.jsonl", record())
+    code, out, err = invoke(command, good, str(tmp_path / HOSTILE))
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert message in err and r"run\x1b[31m$x_$\n.jsonl" in err and err.strip().isprintable()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1e308, 5e-324, 10**300, None])
+def test_any_number_is_drawn_and_tabulated(tmp_path: Path, value: float | None) -> None:
+    for column in ("loss", "lr", "stability_ratio", "target", "overhead"):
+        write(tmp_path / f"{column}.jsonl", record(**{column: value}))
+    runs = [str(path) for path in sorted(tmp_path.glob("*.jsonl"))]
+    for command in (("summary",), ("compare", "--out", str(tmp_path / "x.png"))):
+        code, _, err = invoke(*command, *runs)
+        assert (code, err) == (0, ""), command

@@ -1,0 +1,99 @@
+"""Scripts that nobody here wrote, unmodified, in processes of their own; and one of the commonest form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from warmctl.command.run import assigned, loss_of, rise
+from warmctl.record.history import History
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+net = nn.Linear(4, 1)
+image = torch.zeros(3, requires_grad=True)
+other = torch.optim.SGD((p for p in [image]), lr=0.1)     # over no module's parameters; a generator
+optim = torch.optim.AdamW(net.parameters(), lr=1.0)
+schedule = torch.optim.lr_scheduler.LinearLR(optim, 0.1, total_iters=5)
+x = torch.randn(32, 4)
+for _ in range(12):
+    optim.zero_grad()
+    value = nn.functional.mse_loss(net(x), x[:, :1])
+    value.backward()
+    optim.step()
+    schedule.step()
+print(sys.argv[1:], type(other).__name__, type(optim).__name__, __name__)
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "warmctl", "run", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_script_of_the_commonest_form(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = run(tmp_path, "train.py", "--out", "x", "-m")
+    assert done.returncode == 0, done.stderr
+    assert "['--out', 'x', '-m'] SGD AdaptiveWarmup __main__" in done.stdout
+    rows = list(History.from_jsonl(tmp_path / "train.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["probes"] > 0 and not [row for row in rows if "failed" in row["reason"]]  # type: ignore[operator]
+    assert "train.py:9: SGD holds no module's parameters" in done.stderr
+    assert "train.py:10  after this statement: optim = AdaptiveWarmup(optim, net)" in done.stderr
+    assert "train.py:16  value.backward()  becomes  optim.backward(value)" in done.stderr
+    assert "the script's own schedule rises for 5 steps" in done.stderr
+
+
+def test_an_error_of_the_script_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import sys\nprint('here')\nsys.exit(3)\n")
+    done = run(tmp_path, "train.py")
+    assert (done.returncode, done.stdout) == (3, "here\n") and "nothing was wrapped" in done.stderr
+    done = run(tmp_path, "none.py")
+    assert (done.returncode, done.stderr) == (1, "none.py: no such file\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_sync", "test_script"])
+def test_scripts_of_accelerates_wheel(name: str, tmp_path: Path) -> None:
+    """Slow: whole scripts in processes of their own. They assert that training is as it should be, bit for bit."""
+    pytest.importorskip("accelerate")
+    done = run(tmp_path, "--monitor", "-m", f"accelerate.test_utils.scripts.{name}")
+    assert done.returncode == 0, done.stderr
+    history = History.from_jsonl(tmp_path / f"{name}.jsonl")
+    assert history[-1]["probes"] > 0 and "after this statement" in done.stderr  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("opt = SGD(model.parameters(), lr=0.1)", "opt"),
+        ("self.opt = SGD(x)", "self.opt"),
+        ("return SGD(x, lr=0.1)", "optimizer"),
+        ("SGD(x)", "optimizer"),
+        ("", "optimizer"),
+    ],
+)
+def test_the_name_of_the_optimizer(statement: str, name: str) -> None:
+    assert assigned(statement) == name
+
+
+def test_the_loss_of_a_backward() -> None:
+    assert loss_of("(a + b).backward()") == "a + b"
+    assert [loss_of(words) for words in ("accelerator.backward(loss)", "x = 1", "")] == ["loss"] * 3
+
+
+def test_the_rise_of_a_schedule() -> None:
+    rising: list[Any] = [0.1, 0.2, 0.3, 0.3, 0.2]
+    assert (rise(rising), rise([0.3, 0.2]), rise([0.1, 0.1]), rise([])) == (2, 0, 0, 0)

@@ -1,0 +1,153 @@
+"""Logs of whoever wrote them give the verdict that the same numbers give; what is no row is named, file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.diagnosis.trained import Row, net, train
+from warmctl.diagnosis import diagnose, diagnose_command
+from warmctl.diagnosis.files import log_of
+from warmctl.diagnosis.rules import RULES, table
+from warmctl.record.history import History
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return train(net(0), 2.0)  # lost
+
+
+def jsonl(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def as_csv(path: Path, rows: list[Row]) -> Path:
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_files_and_rows_say_the_same(rows: list[Row], tmp_path: Path) -> None:
+    expected = diagnose(rows)
+    assert expected.verdict == "lost"
+    assert diagnose(jsonl(tmp_path / "a.jsonl", rows)) == expected
+    assert diagnose(as_csv(tmp_path / "a.csv", rows)) == expected
+    assert diagnose(History(rows)) == expected
+    assert diagnose_command(tmp_path / "a.csv") == f"{tmp_path / 'a.csv'}: {expected}"
+
+
+def test_the_files_of_a_history(rows: list[Row], tmp_path: Path) -> None:
+    history = History(rows)
+    history.to_jsonl(tmp_path / "run.jsonl")
+    history.to_csv(tmp_path / "run.csv")
+    assert diagnose(tmp_path / "run.jsonl") == diagnose(tmp_path / "run.csv") == diagnose(rows)
+
+
+def test_the_trainers_log(rows: list[Row], tmp_path: Path) -> None:
+    """Losses and rates every fifth step, evaluations between them, a mean over training at the end."""
+    log: list[Row] = []
+    for row in rows[::5]:
+        log.append(
+            {"loss": row["loss"], "learning_rate": row["lr"], "grad_norm": row["grad_norm"], "step": row["step"]}
+        )
+        log.append({"eval_loss": 1.0, "step": row["step"]})
+    log.append({"train_loss": 0.01, "train_runtime": 3.0, "step": rows[-1]["step"]})
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": 1.0, "log_history": log}, indent=2))
+    found = diagnose(log)
+    assert found.verdict == "lost" and found.evidence[0].column == "loss"
+    assert diagnose(tmp_path / "trainer_state.json") == found
+
+
+def test_lightnings_metrics(rows: list[Row], tmp_path: Path) -> None:
+    """The rate stands in rows of its own, and validation in others."""
+    log: list[Row] = []
+    for row in rows:
+        log.append({"epoch": "", "lr-SGD": row["lr"], "step": row["step"], "train_loss_step": "", "val_loss": ""})
+        log.append({"epoch": 0, "lr-SGD": "", "step": row["step"], "train_loss_step": row["loss"], "val_loss": ""})
+    found = diagnose(as_csv(tmp_path / "metrics.csv", log))
+    assert found.verdict == "lost" and "lr-SGD: " in str(found) and found.evidence[0].column == "train_loss_step"
+
+
+def test_nested_rows_are_read_by_path(rows: list[Row], tmp_path: Path) -> None:
+    nested = [{"iteration": row["step"], "train": {"loss": row["loss"], "lr": row["lr"]}} for row in rows]
+    assert diagnose(jsonl(tmp_path / "a.jsonl", nested)).verdict == "lost"
+
+
+def test_a_loss_alone_is_enough(rows: list[Row]) -> None:
+    assert diagnose([{"loss": row["loss"]} for row in rows]).verdict == "lost"
+
+
+@pytest.mark.parametrize("word", [math.nan, "NaN", "inf", None, ""])
+def test_values_that_are_missing_or_not_finite_are_borne(word: object) -> None:
+    rows = train(net(0), 0.1, warmup=20)
+    for index in (3, 50, 120):
+        rows[index] = {**rows[index], "loss": word, "grad_norm": word}
+    assert diagnose(rows).verdict == "well warmed"
+
+
+def test_a_loss_that_stays_not_finite_is_lost() -> None:
+    rows = train(net(0), 0.1, warmup=20)
+    for row in rows[150:]:
+        row["loss"] = math.nan
+    found = diagnose(rows)
+    assert found.verdict == "lost" and found.evidence[0].steps == (151,)
+
+
+def test_a_run_begun_again_in_the_same_file_replaces_the_first(rows: list[Row]) -> None:
+    well = train(net(0), 0.1, warmup=20)
+    assert diagnose([*rows, *well]) == diagnose(well)
+
+
+def test_a_line_torn_by_a_kill_is_passed_over(rows: list[Row], tmp_path: Path) -> None:
+    for path in (jsonl(tmp_path / "a.jsonl", rows), as_csv(tmp_path / "a.csv", rows)):
+        path.write_text(path.read_text() + ('{"step": 20' if path.suffix == ".jsonl" else "201,1.0"))
+        assert diagnose(path) == diagnose(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "step,loss\n1,2.0\n2,1.0,7\n", "line 3: 3 cells under a header of 2"),
+        ("a.csv", "step,loss\n1,2.0\n2\n3,1.0\n", "line 3: 1 cells under a header of 2"),
+        ("a.csv", "step,loss\n1,2.0\n2,high\n", "line 3: 'loss' is not a number: 'high'"),
+        ("a.csv", "step,loss\n1,2.0\nx,1.0\n", "line 3: a step is a number, not 'x'"),
+        ("a.csv", "step,loss\n1,2.0\n", "8 rows or more with a loss, and finds 1 rows"),
+        ("a.csv", "step,accuracy\n1,2.0\n", "columns accuracy"),
+        ("a.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "loss"\n{"step": 3}\n', "line 2: not JSON"),
+        ("a.jsonl", '{"step": 1, "loss": 2}\n7\n', "line 2: a row is an object"),
+        ("a.json", '{\n"rows": []\n}', "a list of rows"),
+    ],
+)
+def test_what_is_no_row_is_named(name: str, text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        diagnose(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_other_sources_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="path of a CSV or JSONL file, not int"):
+        diagnose(7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="row 0"):
+        diagnose([1.0] * 10)  # type: ignore[list-item]
+    with pytest.raises(FileNotFoundError):
+        diagnose(tmp_path / "none.csv")
+
+
+def test_columns_of_layers_are_found_by_name() -> None:
+    log = log_of([{"step": 1, "vitals/block.0/ln/sigma": 1.0, "vitals/x/saturated": 0.5}])
+    assert list(log.layers("sigma")) == ["block.0/ln"] and list(log.layers("saturated")) == ["x"]
+
+
+def test_the_page_prints_the_table_of_the_rules() -> None:
+    assert table() in (ROOT / "docs/after.md").read_text() and len(table().splitlines()) == len(RULES) + 2

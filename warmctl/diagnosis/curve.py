@@ -1,0 +1,141 @@
+"""The loss on one scale for every run: how far above or below that of the start, in nats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.ndimage import median_filter
+
+from warmctl.diagnosis.log import Floats, Log, Series
+from warmctl.diagnosis.rules import SHORTEST
+
+FLOOR = 0.02
+"""Losses below this part of the first one are not told apart."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """level = log(loss / first loss + .02) − log 1.02, and its running median."""
+
+    steps: Floats
+    loss: Floats
+    level: Floats
+    smooth: Floats
+    middle: Floats
+    """The running median of the loss itself."""
+    noise: float
+    """Usual deviation of the level from its running median."""
+    lost_from: float | None
+    """The step from which on no loss was finite."""
+
+    @classmethod
+    def of(cls, log: Log) -> Curve:
+        """Raises ValueError if too few losses were logged."""
+        logged = log["loss"]
+        series = logged.finite
+        if len(logged) < SHORTEST:
+            has = f"columns {', '.join(log.columns)}" if not len(logged) else f"{len(logged)} rows with a loss"
+            raise ValueError(f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}")
+        if not len(series):
+            raise ValueError(f"{log.name}: none of its losses is finite")
+        last = series.steps[-1]
+        later = logged.steps[logged.steps > last]
+        level = _level(series.values)
+        width = max(3, len(level) // 50) | 1
+        smooth, middle = (np.asarray(median_filter(curve, width, mode="nearest")) for curve in (level, series.values))
+        noise = 1.4826 * float(np.median(np.abs(level - smooth)))
+        return cls(series.steps, series.values, level, smooth, middle, noise, float(later[0]) if len(later) else None)
+
+    @cached_property
+    def end(self) -> float:
+        """The level at the end: median of the last twentieth."""
+        return float(np.median(self.smooth[-max(1, len(self.smooth) // 20) :]))
+
+    @cached_property
+    def lowest(self) -> int:
+        """Index of the lowest level."""
+        return int(np.argmin(self.smooth))
+
+    @cached_property
+    def gained(self) -> float:
+        """How far the loss got below the start's, at its best."""
+        return max(0.0, -float(self.smooth.min()))
+
+    @cached_property
+    def setback(self) -> Floats:
+        """How far the level is above the lowest before it."""
+        return self.smooth - np.minimum.accumulate(self.smooth)
+
+    @cached_property
+    def smooth_before(self) -> Floats:
+        """The median of the levels before each row, as wide as a twentieth of the record."""
+        width = max(5, len(self.level) // 20)
+        padded = np.concatenate([np.full(width, self.level[0]), self.level])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, width)[: len(self.level)]
+        return np.asarray(np.median(windows, axis=1), dtype=np.float64)
+
+    @cached_property
+    def end_loss(self) -> float:
+        return float(np.median(self.middle[-max(1, len(self.middle) // 20) :]))
+
+    def back_at(self, index: int, level: float) -> float | None:
+        """The first step after a row at which the level is at or below this again."""
+        found = np.flatnonzero(self.smooth[index:] <= level)
+        return float(self.steps[index + found[0]]) if len(found) else None
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Where warmup ended, as far as the record tells."""
+
+    end: float | None
+    """The step at which the rate was at its peak; None if the record does not say."""
+    share: float
+    """Of the record."""
+    peak: float
+    """The largest rate; NaN if none was logged."""
+    controlled: bool
+    """Whether AdaptiveWarmup set the rate."""
+
+    @property
+    def length(self) -> int:
+        return 0 if self.end is None else round(self.end)
+
+
+def warmup_of(log: Log, curve: Curve) -> Warmup:
+    """From the phases of AdaptiveWarmup, or from a rate that rises to its peak."""
+    lr, scheduled, scale = log["lr"].finite, log["scheduled_lr"].finite, log["scale"].finite
+    controlled = bool(len(scale)) and bool((scale.values < 1.0).any()) and bool(log.words("phase"))
+    first, last = curve.steps[0], curve.steps[-1] if curve.lost_from is None else log["loss"].steps[-1]
+    end = _by_phase(log, last) if log.words("phase") and controlled else _by_rate(lr, first, last)
+    peaks = scheduled if len(scheduled) else lr
+    peak = float(peaks.values.max()) if len(peaks) else math.nan
+    share = 0.0 if end is None else min(1.0, end / max(1.0, last))
+    return Warmup(end, share, peak, controlled)
+
+
+def _by_phase(log: Log, last: float) -> float:
+    steps = [step for step, phase in log.words("phase").items() if phase != "warmup"]
+    return float(min(steps, default=last))
+
+
+def _by_rate(lr: Series, first: float, last: float) -> float | None:
+    if not len(lr) or not lr.values.max() > 0.0:
+        return None
+    peak = lr.values.max()
+    if lr.values[0] >= 0.9 * peak:
+        return 0.0
+    at = float(lr.steps[int(np.argmax(lr.values >= 0.999 * peak))])
+    return min(at + 1.0, last) if first == 0.0 else at
+
+
+def _level(loss: Floats) -> Floats:
+    """Of losses that may be negative as well: then the lowest one counts as zero."""
+    base = min(0.0, float(loss.min()))
+    unit = float(loss[0]) - base
+    if not unit > 0.0:
+        unit = max(float(loss.max()) - base, 1e-300)
+    return np.asarray(np.log((loss - base) / unit + FLOOR) - np.log((loss[0] - base) / unit + FLOOR), dtype=np.float64)

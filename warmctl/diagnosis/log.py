@@ -1,0 +1,144 @@
+"""A run as anyone has logged it: one series of finite and other numbers a column, whichever file they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from warmctl.diagnosis.columns import TEXT, named, of_layers
+
+Floats: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """The values of a column and the steps they were logged at, in order; what was not logged is not in it."""
+
+    column: str
+    steps: Floats
+    values: Floats
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def finite(self) -> Series:
+        keep = np.isfinite(self.values)
+        return Series(self.column, self.steps[keep], self.values[keep])
+
+    def between(self, first: float, last: float) -> Series:
+        """The part at steps from `first` to `last`, both included."""
+        keep = (self.steps >= first) & (self.steps <= last)
+        return Series(self.column, self.steps[keep], self.values[keep])
+
+    def at(self, step: float) -> float:
+        """The last value that was logged up to a step; the first one before that; NaN where there is none."""
+        if not len(self):
+            return math.nan
+        return float(self.values[max(0, int(np.searchsorted(self.steps, step, side="right")) - 1)])
+
+
+class Log:
+    """Columns by what they are. `log["lr"]` is a Series, empty where nothing of the kind was logged."""
+
+    def __init__(self, name: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """`rows` are (where, row) pairs: `where` is named in errors."""
+        self.name = name
+        self._numbers: dict[str, dict[float, float]] = {}
+        self._words: dict[str, dict[float, str]] = {kind: {} for kind in TEXT}
+        self._take(list(rows))
+
+    def __getitem__(self, kind: str) -> Series:
+        for column in named(kind, self._numbers):
+            if cells := self._numbers[column]:
+                return _series(column, cells)
+        return _series(kind, {})
+
+    def words(self, kind: str) -> dict[float, str]:
+        """Step → text, of the columns "phase" and "reason"."""
+        return self._words[kind]
+
+    def layers(self, kind: str) -> dict[str, Series]:
+        """Layer → series, of the columns `vitals/<layer>/<kind>`."""
+        found = of_layers(kind, self._numbers)
+        return {layer: _series(column, self._numbers[column]) for layer, column in found.items()}
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._numbers)
+
+    def _take(self, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
+        keys = {str(key): None for _, row in rows for key in row}
+        counted = next(iter(named("step", keys)), None)
+        text = {column: kind for kind in TEXT for column in named(kind, keys)}
+        unread: set[str] = set()  # columns with words in them
+        last = -math.inf
+        for number, (where, row) in enumerate(rows):
+            step = float(number) if counted is None else _step(row.get(counted), where, last)
+            if step < last:
+                self._rewind(step)
+            last = step
+            for key, value in row.items():
+                if key in text and isinstance(value, str):
+                    self._words[text[key]][step] = value
+                elif key != counted and key not in unread and value is not None and value != "":
+                    self._put(str(key), step, value, where, unread)
+
+    def _put(self, column: str, step: float, value: Any, where: str, unread: set[str]) -> None:
+        try:
+            number = number_of(value)
+        except (TypeError, ValueError):
+            if any(named(kind, [column]) for kind in ("loss", "lr", "grad_norm")):
+                raise ValueError(f"{where}: {column!r} is not a number: {_short(value)}") from None
+            unread.add(column)
+            self._numbers.pop(column, None)
+            return
+        self._numbers.setdefault(column, {})[step] = number
+
+    def _rewind(self, step: float) -> None:
+        """A run that was resumed, or begun again, in the same file: its rows replace those of later steps."""
+        columns: list[dict[float, Any]] = [*self._numbers.values(), *self._words.values()]
+        for cells in columns:
+            for later in [s for s in cells if s >= step]:
+                del cells[later]
+
+
+def number_of(value: Any) -> float:
+    """A cell as a float; words for true and false count as 1 and 0."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        return {"true": 1.0, "false": 0.0}[word] if word in ("true", "false") else float(word)
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, (bool, int, float)):
+        raise TypeError
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _step(value: Any, where: str, last: float) -> float:
+    if value is None or value == "":
+        return max(last, 0.0)  # a row beside the one before it
+    try:
+        step = number_of(value)
+    except (TypeError, ValueError):
+        step = math.nan
+    if not math.isfinite(step) or isinstance(value, bool):
+        raise ValueError(f"{where}: a step is a number, not {_short(value)}")
+    return step
+
+
+def _series(column: str, cells: dict[float, float]) -> Series:
+    return Series(column, np.array(list(cells), dtype=np.float64), np.array(list(cells.values()), dtype=np.float64))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,164 @@
+"""Thawing a pretrained model stage by stage, each with a warmup of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from warmctl.follow.follower import Levers
+from warmctl.follow.kept import whole
+
+Stage = nn.Module | Iterable[nn.Module]
+
+
+class Unfreezing:
+    """Trains the first stage, and thaws the next whenever the warmup of the last has ended.
+
+    With k of K stages free the target rate is η (k/K)^gamma. Every thaw begins warmup again: what was thawed was never
+    measured. The wrapper has one scale for all groups: where the parameters of earlier stages have groups of their own,
+    these keep the rate that they had, until the new scale has come to it, and are only cut with it in proportion:
+    what was stable before stays as it was, and to the ratio on record, which is that of the new scale for all, they add
+    at most their own of before. In a group that holds old and new parameters all are warmed again.
+
+    By `opt.follow` the later stages are frozen (`requires_grad_(False)`), but for parameters that an earlier one has
+    too. What is frozen already when this is built stays so for good: the base under peft's adapters, say. The optimizer
+    must hold the parameters of all stages from the beginning.
+
+    Args:
+        stages: from the first to be trained, the head, to the last: modules, or lists of them. See `by_depth`.
+        gamma: at least 0; 0 is the full rate from the first stage on.
+        every: steps from one thaw to the next; None waits for the end of warmup.
+
+    Reading: `stage`, how many are free.
+
+    Raises: TypeError for stages that are no modules, ValueError for none, for one without trainable parameters, and by
+    `opt.follow` for one that the optimizer holds no parameter of.
+    """
+
+    moves_rate = True
+
+    def __init__(self, stages: Sequence[Stage], gamma: float = 0.5, every: int | None = None) -> None:
+        if not 0.0 <= gamma < math.inf:
+            raise ValueError(f"gamma must be at least 0, the exponent of the share of free stages, got {gamma!r}")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be None or a number of steps of at least 1, got {every!r}")
+        self.gamma, self.every = gamma, every
+        self.stages = _parameters(stages)
+        self._levers: Levers | None = None
+        self._free, self._since = 1, 0
+        # Of the last thaw: the scale, with the share of stages, that earlier groups were at; the highest since.
+        self._before, self._highest = 0.0, 0.0
+
+    @classmethod
+    def by_depth(cls, model: nn.Module, stages: int, **options: Any) -> Unfreezing:
+        """As many stages of about equally many layers, in the order of definition, from the last to the first.
+
+        A layer is a module that owns trainable parameters.
+        """
+        layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        if not 1 <= stages <= len(layers):
+            raise ValueError(f"stages must be in [1, {len(layers)}], the layers of {type(model).__name__}: {stages!r}")
+        bounds = [round(i * len(layers) / stages) for i in range(stages + 1)]
+        pieces = [_Own(layers[low:high]) for low, high in pairwise(bounds)]
+        return cls(pieces[::-1], **options)
+
+    @property
+    def free(self) -> int:
+        """How many stages are free."""
+        return self._free
+
+    def attach(self, levers: Levers) -> None:
+        held = {p for group in levers.groups for p in group["params"]}
+        for place, stage in enumerate(self.stages):
+            if not held & set(stage):
+                raise ValueError(
+                    f"the optimizer holds no parameter of stage {place + 1} of {len(self.stages)}: build it with the "
+                    "parameters of all stages, frozen or not"
+                )
+        self._levers = levers
+        self._freeze()
+
+    def detach(self) -> None:
+        self._free = len(self.stages)
+        self._freeze()
+
+    def follow(self, scale: float, rate: float, phase: str) -> None:
+        levers = self._levers
+        assert levers is not None
+        share = self._share
+        self._highest = max(self._highest, scale)
+        held = max(self._before * scale / self._highest, scale * share) / scale if scale > 0.0 else share
+        for place, group in enumerate(levers.groups):
+            levers.multiply_rate(place, held if self._is_old(group) else share)
+        self._since += 1
+        ready = phase != "warmup" if self.every is None else self._since >= self.every
+        if ready and self._free < len(self.stages):
+            self._before, self._highest = scale * share, 0.0
+            self._free, self._since = self._free + 1, 0
+            self._freeze()
+
+    def readings(self) -> dict[str, int]:
+        return {"stage": self._free}
+
+    def state_dict(self) -> dict[str, float]:
+        counts = {"free": float(self._free), "since": float(self._since)}
+        return {**counts, "before": self._before, "highest": self._highest}
+
+    def load_state_dict(self, values: dict[str, float]) -> None:
+        free, self._since = whole("free", values["free"]), whole("since", values["since"])
+        if not 1 <= free <= len(self.stages):
+            raise ValueError(f"free is {free} in the state, there are {len(self.stages)} stages")
+        for name in ("before", "highest"):
+            if not 0.0 <= values[name] < math.inf:
+                raise ValueError(f"{name} is {values[name]!r} in the state, it must be a number of at least 0")
+        self._free, self._before, self._highest = free, values["before"], values["highest"]
+        if self._levers is not None:
+            self._freeze()
+
+    @property
+    def _share(self) -> float:
+        return float((self._free / len(self.stages)) ** self.gamma)
+
+    def _freeze(self) -> None:
+        """Every parameter of a later stage, and no other of any stage."""
+        free = {p for stage in self.stages[: self._free] for p in stage}
+        for p in {p for stage in self.stages for p in stage}:
+            p.requires_grad_(p in free)
+            if p not in free:
+                p.grad = None
+
+    def _is_old(self, group: dict[str, Any]) -> bool:
+        """Whether all of its parameters that train were trained before the last thaw."""
+        new = {p for stage in self.stages[max(self._free - 1, 1) :] for p in stage}
+        new -= {p for stage in self.stages[: max(self._free - 1, 1)] for p in stage}
+        return self._before > 0.0 and not any(p in new for p in group["params"])
+
+
+class _Own(list[nn.Module]):
+    """Layers that stand for the parameters that they own themselves, without those of modules inside."""
+
+
+def _parameters(stages: Any) -> list[list[Tensor]]:
+    """The trainable ones of each stage."""
+    if isinstance(stages, (nn.Module, str)) or not isinstance(stages, Iterable):
+        raise TypeError(
+            f"stages must be a list of modules or of lists of modules, the head first, got {type(stages).__name__}; "
+            "Unfreezing.by_depth(model, stages=4) makes them"
+        )
+    found = []
+    for place, stage in enumerate(stages, start=1):
+        modules = [stage] if isinstance(stage, nn.Module) else list(stage) if isinstance(stage, Iterable) else [stage]
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"stage {place} must hold modules, got {type(module).__name__}")
+        params = [p for m in modules for p in m.parameters(recurse=not isinstance(stage, _Own)) if p.requires_grad]
+        if not params:
+            raise ValueError(f"stage {place} has no trainable parameter: there is nothing in it to thaw")
+        found.append(list(dict.fromkeys(params)))
+    if not found:
+        raise ValueError("stages is empty: give at least the head")
+    return found
