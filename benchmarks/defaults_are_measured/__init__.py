@@ -9,8 +9,8 @@ defaults may be chosen, at the tuned peak rate, at three and at ten times it, un
 log(final loss / the default's final loss), mean over problems: below 0 the variant is better. A run that diverged or
 ended above chance counts as chance level, as in `replaces_tuned_warmup`.
 
-What lost is no option of the library: it is written here, as a subclass of the part that it replaces. Two rows whose
-target is 2 % off the default's show how much of a difference is noise.
+What lost is no option of the library: it is written here, as a subclass of the part that it replaces; so is the law
+without each of its gauges. Two rows whose target is 2 % off the default's show how much of a difference is noise.
 
 Left out: the lag-1 correlation of gᵀv as the reading itself. With momentum its relation to the ratio has no closed
 form, so it would need a calibration for each rule; it is here as a trigger of probes.

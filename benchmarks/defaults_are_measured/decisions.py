@@ -1,4 +1,4 @@
-"""Other ways to choose when to probe, what to allow after warmup, and what to measure along the way."""
+"""The law without one of its parts, other ways to choose when to probe, and what else to measure along the way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
-from warmctl.control.controller import Controller, Decision, Reading
+from warmctl.control.controller import Controller, Reading
+from warmctl.control.gauges import CHANGE, SlopeGauge
 from warmctl.distributed import inner_product
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
@@ -46,39 +47,95 @@ class NoShortening(Cadence):
         return 1.0
 
 
+class NoStability(Controller):
+    """No limit by r: curvature neither cuts nor holds."""
+
+    def _carried(self, rate: float) -> float:
+        return math.inf
+
+
+class NoChange(Controller):
+    """No limit by RRC, however far a step moves the representations."""
+
+    def _bearable(self, rate: float) -> float:
+        return math.inf
+
+
+class FlatChange(SlopeGauge):
+    """RRC may be no larger while e is surely positive."""
+
+    @property
+    def allowed_change(self) -> float:
+        return CHANGE
+
+
+class Unasked(SlopeGauge):
+    """e is never known: the scale grows with age while RRC is calm, and not at all where it is not."""
+
+    def take(self, slope: float) -> None:
+        pass
+
+
+class Agrees(SlopeGauge):
+    """Wherever it is read, e agrees with the last steps: r and RRC alone say how far."""
+
+    def take(self, slope: float) -> None:
+        super().take(slope if math.isnan(slope) else 1.0)
+
+
+class Aged(Controller):
+    """The scale grows no faster than the run ages, whatever e says, and comes back no faster."""
+
+    def _growth(self, rate: float) -> float:
+        age = self.state.age
+        growth = super()._growth(rate)
+        return min(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
+
+
+class NoEvidence(Controller):
+    """The scale may go beyond any multiple of the one at the last reading."""
+
+    def _move(self, rate: float, reading: Reading | None) -> str:
+        self.state.measured_scale = 1.0
+        return super()._move(rate, reading)
+
+
+class NoReturn(Controller):
+    """What a cut has taken in warmup comes back no sooner than what was never reached."""
+
+    def _growth(self, rate: float) -> float:
+        self.state.highest_scale = min(self.state.highest_scale, self.state.scale)
+        return super()._growth(rate)
+
+
+class OnlyCuts(Controller):
+    """Guard only cuts: nothing that was cut after warmup comes back."""
+
+    def _growth(self, rate: float) -> float:
+        return super()._growth(rate) if self.phase == "warmup" else 1.0
+
+
 class Cap(Controller):
     """After warmup the applied rate, not the scale, is held: min(schedule, the rate at the end). Guard cuts the cap."""
 
     cap = math.inf
 
-    def update(
-        self, rate: float, reading: Reading | None = None, losing: bool = False, surprise: float = 1.0
-    ) -> Decision:
-        warm = self.phase == "warmup"
-        if not warm:
-            self.state.scale = min(1.0, self.cap / rate)
-        before = self.state.scale
-        decision = super().update(rate, reading, losing, surprise)
-        if self.phase != "warmup" and (warm or self.state.scale < before):
-            self.cap = self.state.scale * rate
-        return decision
-
-
-class NoReturn(Controller):
-    """Guard only cuts: nothing that was cut after warmup comes back."""
-
-    def update(
-        self, rate: float, reading: Reading | None = None, losing: bool = False, surprise: float = 1.0
-    ) -> Decision:
-        decision = super().update(rate, reading, losing, surprise)
-        self.state.settled = min(self.state.settled, self.state.scale if self.phase != "warmup" else math.inf)
-        return decision
+    def _move(self, rate: float, reading: Reading | None) -> str:
+        s = self.state
+        if self.phase == "warmup":
+            reason = super()._move(rate, reading)
+            self.cap = s.scale * rate
+            return reason
+        before = s.scale = s.settled = min(1.0, self.cap / rate)
+        reason = super()._move(rate, reading)
+        self.cap = s.scale * rate if s.scale < before else self.cap
+        return reason
 
 
 class Realised(AdaptiveWarmup):
     """The library's own path for rules that it does not know: the ratio along the update made, read a step later.
 
-    That path knows neither the relative update, so the ramp at the start is missing, nor that SGD undoes an overshoot.
+    That path knows neither the relative update, which bounds the first step, nor that SGD undoes an overshoot.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:

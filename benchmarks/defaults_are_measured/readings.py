@@ -106,7 +106,7 @@ class Raw(SharpnessEstimator):
     """λ(H) with one number for Adam's P, its median over the weights that move, instead of a P for each weight.
 
     A threshold for λ(H) fixed at the first probe would be no fair rival: it would hold what Adam's first P demands,
-    10² to 10⁶ times too much, for good. The ramp keeps the update that is really made.
+    10² to 10⁶ times too much, for good. The first step is bounded by the update really made.
     """
 
     def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:

@@ -10,15 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.defaults_are_measured.decisions import (
-    Cap,
-    LagOne,
-    LateProbes,
-    NoEvents,
-    NoReturn,
-    NoShortening,
-    Realised,
-)
+from benchmarks.defaults_are_measured import decisions
 from benchmarks.defaults_are_measured.readings import (
     BatchAware,
     BatchSharpness,
@@ -40,7 +32,7 @@ class Variant:
     """One choice that differs from the default.
 
     Attributes:
-        parts: attribute of the wrapper or its meter -> the subclass that takes its place.
+        parts: attribute of the wrapper, its controller or its meter -> the subclass that takes its place.
         adam_only: with other rules it is the default, whose rows it takes.
         quick: part of the quick run.
     """
@@ -55,7 +47,8 @@ class Variant:
     def __call__(self, optimizer: Optimizer, model: nn.Module) -> AdaptiveWarmup:
         wrapped = self.wrapper(optimizer, model, **self.options)
         for name, part in self.parts.items():
-            getattr(wrapped.meter if name == "estimator" else wrapped, name).__class__ = part
+            owners = {"estimator": wrapped.meter, "slope": wrapped.controller}
+            getattr(owners.get(name, wrapped), name).__class__ = part
         return wrapped
 
     def code(self) -> str:
@@ -72,6 +65,10 @@ def read(part: type, **options: Any) -> Variant:
     return Variant("estimator", parts={"estimator": part}, **options)
 
 
+def law(part: type, **options: Any) -> Variant:
+    return Variant("law", parts={"controller": part}, **options)
+
+
 VARIANTS = {
     DEFAULT: Variant("", quick=True),
     "Krylov space of the batch, 2 products": read(Krylov, quick=True),
@@ -79,29 +76,37 @@ VARIANTS = {
     "batch sharpness": read(BatchSharpness, quick=True),
     "√(Ritz · batch quotient)": read(RitzAndBatch),
     "√(Ritz · fresh quotient)": read(RitzAndFresh),
-    "realised ratio (no ramp)": Variant("estimator", wrapper=Realised, quick=True),
-    "default + lag-1 trigger": Variant("estimator", wrapper=LagOne, quick=True),
+    "realised ratio": Variant("estimator", wrapper=decisions.Realised, quick=True),
+    "default + lag-1 trigger": Variant("estimator", wrapper=decisions.LagOne, quick=True),
+    "without r": law(decisions.NoStability, quick=True),
+    "without RRC": law(decisions.NoChange, quick=True),
+    "RRC allowed: .12 flat": Variant("law", parts={"slope": decisions.FlatChange}),
+    "e never asked": Variant("law", parts={"slope": decisions.Unasked}, quick=True),
+    "e always agrees": Variant("law", parts={"slope": decisions.Agrees}, quick=True),
+    "growth with age at most": law(decisions.Aged),
+    "growth beyond the evidence": law(decisions.NoEvidence),
+    "no return from a cut": law(decisions.NoReturn),
     "target .3": Variant("target", {"target": 0.3}),
-    "target .49 (noise)": Variant("target", {"target": 0.49}),
-    "target .51 (noise)": Variant("target", {"target": 0.51}),
-    "target .7": Variant("target", {"target": 0.7}, quick=True),
-    "target .9": Variant("target", {"target": 0.9}),
+    "target .5": Variant("target", {"target": 0.5}, quick=True),
+    "target .784 (noise)": Variant("target", {"target": 0.784}),
+    "target .816 (noise)": Variant("target", {"target": 0.816}),
+    "target 1": Variant("target", {"target": 1.0}),
     "target 1.2": Variant("target", {"target": 1.2}, quick=True),
     "every 20": Variant("cadence", {"every": 20}, quick=True),
     "every 5": Variant("cadence", {"every": 5}),
     "every step": Variant("cadence", {"every": 1}),
-    "no events": Variant("cadence", parts={"cadence": NoEvents}, quick=True),
-    "events probe the next batch": Variant("cadence", parts={"cadence": LateProbes}),
-    "events do not shorten": Variant("cadence", parts={"cadence": NoShortening}, quick=True),
+    "no events": Variant("cadence", parts={"cadence": decisions.NoEvents}, quick=True),
+    "events probe the next batch": Variant("cadence", parts={"cadence": decisions.LateProbes}),
+    "events do not shorten": Variant("cadence", parts={"cadence": decisions.NoShortening}, quick=True),
     "double backward": Variant("products", {"hvp": "double_backward"}, quick=True),
     "1 product (fresh quotient)": Variant("products", {"probe_steps": 1}, quick=True),
     "3 products (Krylov)": Variant("products", {"probe_steps": 3}),
     "5 products (Krylov)": Variant("products", {"probe_steps": 5}),
     "raw: one P for all": Variant("coordinates", parts={"estimator": Raw}, adam_only=True, quick=True),
-    "guard only cuts": Variant("after", parts={"controller": NoReturn}),
+    "guard only cuts": Variant("after", parts={"controller": decisions.OnlyCuts}),
     "hold": Variant("after", {"after": "hold"}),
     "release": Variant("after", {"after": "release"}),
-    "absolute cap": Variant("after", parts={"controller": Cap}, quick=True),
+    "absolute cap": Variant("after", parts={"controller": decisions.Cap}, quick=True),
     "target · √(ρ/λ)": Variant("batch-aware", parts={"estimator": BatchAware}, quick=True),
 }
-NOISE = ("target .49 (noise)", "target .51 (noise)")
+NOISE = ("target .784 (noise)", "target .816 (noise)")

@@ -66,7 +66,7 @@ def test_another_reading_gives_another_run(variant: str) -> None:
 
 
 def test_realised_ratio_spends_no_products() -> None:
-    optimizer, _ = train("realised ratio (no ramp)", momentum)
+    optimizer, _ = train("realised ratio", momentum)
     assert optimizer.counts.hvps == 0 and optimizer.counts.probes > 1
 
 
@@ -189,6 +189,77 @@ def test_cap_holds_the_rate_where_the_default_holds_the_scale() -> None:
     capped, frozen = applied["absolute cap"], applied[DEFAULT]
     assert capped[:50] == frozen[:50]
     assert capped[-1] == pytest.approx(capped[49]) and frozen[-1] < 0.5 * frozen[49]
+
+
+# -- the law without one of its parts ----------------------------------------------------------------------------
+
+
+def law(variant: str, scale: float = 0.1, age: float = 10.0) -> Controller:
+    """Of an Adam run, so old and so far, after one reading of r and one of RRC at that scale."""
+    model = nn.Linear(2, 2)
+    controller = VARIANTS[variant](Adam(model.parameters()), model).controller
+    controller.update(1.0, Reading(0.1))
+    controller.state.scale = controller.state.highest_scale = scale
+    controller.changed(0.01 * scale, scale)
+    controller.state.age = age
+    return controller
+
+
+@pytest.mark.parametrize(("variant", "growth"), [(DEFAULT, 1.1**4), ("growth with age at most", 1.1)])
+def test_growth_with_age(variant: str, growth: float) -> None:
+    controller = law(variant)
+    assert controller.update(1.0).scale == pytest.approx(0.1 * growth)
+
+
+@pytest.mark.parametrize(("variant", "most"), [(DEFAULT, 0.4), ("growth beyond the evidence", 0.1 * 1.6**4)])
+def test_growth_past_the_last_reading(variant: str, most: float) -> None:
+    controller = law(variant)
+    assert [controller.update(1.0).scale for _ in range(6)][-1] == pytest.approx(most)
+
+
+@pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.08), ("without r", 0.1 * 1.1**4)])
+def test_a_ratio_above_target_cuts_the_default(variant: str, scale: float) -> None:
+    assert law(variant).update(1.0, Reading(10.0)).scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.08), ("without RRC", 0.1)])
+def test_a_change_above_what_is_allowed_cuts_the_default(variant: str, scale: float) -> None:
+    controller = law(variant)
+    controller.changed(100.0, 0.1)
+    assert controller.update(1.0).scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.11), ("no return from a cut", 0.1)])
+def test_a_cut_is_made_good_by_the_default(variant: str, scale: float) -> None:
+    controller = law(variant)
+    controller.state.highest_scale, controller.state.crossed = 0.5, 1.0
+    controller.slope.mean = controller.slope.square = 0.0
+    controller.slope.take(-0.2)
+    controller.slope.square = 1.0  # not surely against it
+    assert controller.update(1.0).scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.11), ("guard only cuts", 0.1)])
+def test_guard_comes_back_from_a_cut_by_default(variant: str, scale: float) -> None:
+    controller = law(variant)
+    controller.state.phase, controller.state.settled = 1.0, 0.5
+    assert controller.update(1.0).scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mean", "allowed"),
+    [
+        (DEFAULT, 0.2, 0.12 + 0.4 * (1 - 2 * math.exp(-2))),
+        ("RRC allowed: .12 flat", 0.2, 0.12),
+        ("e never asked", 0.0, 0.12),
+        ("e always agrees", 1.0, 0.12 + 0.4 * (1 - 2 * math.exp(-2))),
+    ],
+)
+def test_what_the_slope_does(variant: str, mean: float, allowed: float) -> None:
+    gauge = law(variant).slope
+    for _ in range(30):
+        gauge.take(0.2)
+    assert gauge.mean == pytest.approx(mean) and gauge.allowed_change == pytest.approx(allowed)
 
 
 # -- the table ------------------------------------------------------------------------------------------------

@@ -289,6 +289,39 @@ def test_every_source_draws_the_same(tmp_path: Path) -> None:
     assert named.get_suptitle() == "my run"
 
 
+# Gauges
+
+
+def test_gauges_have_panels_where_they_were_read() -> None:
+    record = History(
+        {**row, "representation_change": 0.3 if row["step"] < 5 else 0.05, "end_slope": 0.2 - 0.02 * row["step"]}
+        for row in run(end=25)
+    )
+    figure = plot(record)
+    names = ["loss", "stability ratio", "representation change", "end slope", "learning rate"]
+    assert [axis.get_ylabel() for axis in figure.axes] == names
+    for panel, column in ((2, "representation_change"), (3, "end_slope")):
+        curve = y(only(figure, panel, column))
+        assert list(curve[:24]) == record[column][:24]
+        assert np.isnan(curve[24:]).all()  # carried on after warmup, not read
+        assert set(x(only(figure, panel, "end"))) == {25}
+    (band,) = (patch for patch in figure.axes[2].patches if patch.get_gid() == "healthy")
+    assert (band.get_extents().y0, band.get_extents().y1) == pytest.approx(
+        tuple(figure.axes[2].transData.transform([(0, 0.04), (0, 0.15)])[:, 1])
+    )
+    assert words(figure, 2) == ["healthy"]
+    assert set(y(only(figure, 3, "zero"))) == {0.0}
+    low, top = figure.axes[3].get_ylim()
+    assert low < -0.3 < 0.2 < top
+
+
+def test_one_gauge_alone_and_axes_of_ones_own() -> None:
+    record = run(end_slope=0.1, representation_change=math.nan)
+    names = ["loss", "stability ratio", "end slope", "learning rate"]
+    assert [axis.get_ylabel() for axis in plot(record).axes] == names
+    assert len(plot(record, axes=Figure().subplots(3)).axes) == 3
+
+
 # Saving, backends, axes of one's own
 
 

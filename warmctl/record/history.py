@@ -36,7 +36,11 @@ from warmctl.record.schedule import RecordedWarmup
 
 
 class StepRow(NamedTuple):
-    """What a step leaves behind, in the order of the columns; `History.record` takes it as it is."""
+    """What a step leaves behind, in the order of the columns; `History.record` takes it as it is.
+
+    `representation_change` and `end_slope` are as last read in warmup, nan before; `reason` says what was done or
+    what holds the scale below 1, "" at the full rate.
+    """
 
     step: int
     phase: str

@@ -1,4 +1,4 @@
-"""The three panels of a run: loss, stability ratio and learning rate, and the words beside them."""
+"""The panels of a run: loss, the three gauges and learning rate, and the words beside them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 DRAWN = 1e30
 
 
+HEALTHY = 0.04, 0.15
+"""Relative representation change of the steps of trainings that go well, whatever the network, optimizer or rate."""
+
+
 @dataclass(frozen=True)
 class NamedRun:
     """A run as it is drawn."""
@@ -52,7 +56,7 @@ class NamedRun:
         return np.where(np.abs(values) < 1 / DRAWN, 0.0, values)
 
 
-def frame(axes: Sequence[Axes], runs: list[NamedRun], xscale: str) -> None:
+def frame(axes: Sequence[Axes], names: Sequence[str], runs: list[NamedRun], xscale: str) -> None:
     """Name the axes, and share the steps among them."""
     for axis in axes:
         dress(axis)
@@ -60,7 +64,7 @@ def frame(axes: Sequence[Axes], runs: list[NamedRun], xscale: str) -> None:
     first, last = (max(first, 1.0), max(last, 2.0)) if xscale == "log" else (first, last)
     before, after = padded(first, last, 0.01, xscale == "log")
     axes[-1].set_xlabel("step", fontsize=MEDIUM, color=INK)
-    for axis, name in zip(axes, ("loss", "stability ratio", "learning rate"), strict=True):
+    for axis, name in zip(axes, names, strict=True):
         axis.set_xscale(xscale)
         axis.set_xlim(before, after)
         axis.set_ylabel(name, fontsize=MEDIUM, color=INK)
@@ -113,6 +117,36 @@ def draw_ratio(axis: Axes, runs: list[NamedRun]) -> None:
         low = axis.transAxes.inverted().transform(axis.transData.transform((0.0, min([1.0, *targets]))))[1] < 0.25
         legend_beside(axis, ("probe", {"marker": "o", "ms": 3.2, "linestyle": ""}), high=bool(low))
     return None
+
+
+def draw_change(axis: Axes, runs: list[NamedRun]) -> None:
+    """How far steps moved the representations: of the last one that was looked at, on a logarithmic axis."""
+    found = _draw_carried(axis, runs, "representation_change")
+    found = np.concatenate((HEALTHY, found[found > 0]))
+    limits(axis, max(found.min(), 1e-3), found.max(), True)
+    axis.axhspan(*HEALTHY, color="#000000", alpha=0.045, linewidth=0, zorder=0, gid="healthy")
+    middle = float(np.sqrt(HEALTHY[0] * HEALTHY[1]))
+    place = {"transform": axis.get_yaxis_transform(), "va": "center_baseline"}
+    axis.text(1.01, middle, "healthy", fontsize=SMALL, color=INK, **place)
+
+
+def draw_slope(axis: Axes, runs: list[NamedRun]) -> None:
+    """The slope at the end of the steps, as last read: above 0 the next batch would have them longer."""
+    found = np.append(_draw_carried(axis, runs, "end_slope"), 0.0)
+    limits(axis, found.min(), found.max(), False)
+    axis.axhline(0.0, color=INK, linewidth=1.0, zorder=1.5, gid="zero")
+
+
+def _draw_carried(axis: Axes, runs: list[NamedRun], column: str) -> Floats:
+    """Draw what is read now and then in warmup and carried on between; return all finite values drawn."""
+    values = []
+    for run in runs:
+        warm = np.array([phase in (None, "warmup") for phase in run.history["phase"]])
+        curve = np.where(warm, run[column], np.nan)
+        values.append(curve[np.isfinite(curve)])
+        look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1.0, "alpha": 0.7, "gid": column}
+        axis.plot(*thin(run.steps, curve), color=run.colour, zorder=run.layer, **look)
+    return np.concatenate(values)
 
 
 def draw_rate(axis: Axes, runs: list[NamedRun]) -> None:

@@ -1,4 +1,4 @@
-"""The figure of a run: loss, stability ratio, and applied against scheduled learning rate, over the steps.
+"""The figure of a run: loss, the gauges, and applied against scheduled learning rate, over the steps.
 
     plot(opt.history)                                                  # a figure; notebooks show it
     plot(opt.history, path="run.png")                                  # saved as well
@@ -21,13 +21,34 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from warmctl.record.history import History, warmup_end
-from warmctl.record.panels import NamedRun, draw_ends, draw_loss, draw_rate, draw_ratio, frame
+from warmctl.record.panels import (
+    NamedRun,
+    draw_change,
+    draw_ends,
+    draw_loss,
+    draw_rate,
+    draw_ratio,
+    draw_slope,
+    frame,
+)
 from warmctl.record.shown import plain
 from warmctl.record.style import INK, LARGE, colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+RATIO, RATE = "stability ratio", "learning rate"
+PANELS = {
+    "loss": draw_loss,
+    RATIO: draw_ratio,
+    "representation change": draw_change,
+    "end slope": draw_slope,
+    RATE: draw_rate,
+}
+"""From top to bottom. The column of a gauge has the name of its panel."""
+ALWAYS = "loss", RATIO, RATE
+"""The others are there where a run has values."""
 
 Run: TypeAlias = "History | Iterable[Mapping[str, Any]] | str | os.PathLike[str]"
 
@@ -39,16 +60,18 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     xscale: Literal["linear", "log"] = "linear",
 ) -> Figure:
-    """Draw one run, or several by name, in three panels over a shared axis of steps.
+    """Draw one run, or several by name, in three to five panels over a shared axis of steps.
 
     `history` is a History, a list of rows, the path of a JSONL file, or a mapping from names to any of these.
     Runs may lack columns: one logged by hand with "step", "loss" and "lr" only is a baseline. `axes`: three
-    to draw on, from top to bottom. `path`: where to save the figure, its format by the suffix. `xscale`:
-    "log" opens up the first steps, where warmup is short against the run.
+    to draw on, from top to bottom, without the two gauges below. `path`: where to save the figure, its format
+    by the suffix. `xscale`: "log" opens up the first steps, where warmup is short against the run.
 
-    Top: loss, lightly smoothed over the raw values; a cross where a run diverged. Middle: the stability
-    ratio, with its edge at 1 and the controller's target; dots where it was measured. Bottom: the applied
-    learning rate, solid, and the scheduled one, dashed. A vertical line is the end of warmup.
+    Top: loss, lightly smoothed over the raw values; a cross where a run diverged. Then the stability ratio,
+    with its edge at 1 and the controller's target; dots where it was measured. Where warmup has recorded them,
+    how far a step moves the representations, over the band of healthy trainings, and the slope at the end of
+    the steps. Bottom: the applied learning rate, solid, and the scheduled one, dashed. A vertical line is the
+    end of warmup.
 
     Raises ImportError without matplotlib, ValueError if there is nothing to draw.
     """
@@ -59,29 +82,35 @@ def plot(
         raise ImportError('plot() needs matplotlib: pip install "warmctl[plot]"') from error
 
     runs = _load(history)
+    names = list(ALWAYS)
     if axes is None:
-        figure = Figure(figsize=(7.2, 6.4 + 0.17 * (len(runs) - 1)), dpi=110)
+        names = [name for name in PANELS if name in ALWAYS or _recorded(name, runs)]
+        gauges = len(names) - len(ALWAYS)
+        figure = Figure(figsize=(7.2, 6.4 + 1.7 * gauges + 0.17 * (len(runs) - 1)), dpi=110)
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
         FigureCanvasAgg(figure)
-        axes = list(figure.subplots(3, sharex=True, height_ratios=(1.2, 1, 1)))
+        heights = [{"loss": 1.2}.get(name, 1.0) for name in names]
+        axes = list(figure.subplots(len(names), sharex=True, height_ratios=heights))
         setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010  for a notebook without pyplot
         if len(runs) == 1 and runs[0].name:
             figure.suptitle(plain(runs[0].name), fontsize=LARGE, fontweight="bold", color=INK)
-    elif len(axes) == 3:
+    elif len(axes) == len(names):
         owner = axes[0].figure
         figure = owner if isinstance(owner, Figure) else owner.figure
     else:
         raise ValueError(f"plot() draws on three axes, got {len(axes)}")
-    loss, ratio, rate = axes
-    frame(axes, runs, xscale)
-    draw_loss(loss, runs)
-    draw_ratio(ratio, runs)
-    draw_rate(rate, runs)
+    frame(axes, names, runs, xscale)
+    for axis, name in zip(axes, names, strict=True):
+        PANELS[name](axis, runs)
     draw_ends(axes, runs)
     figure.align_ylabels(axes)
     if path is not None:
         figure.savefig(path, dpi=200)
     return figure
+
+
+def _recorded(panel: str, runs: list[NamedRun]) -> bool:
+    return any(np.isfinite(run[panel.replace(" ", "_")]).any() for run in runs)
 
 
 def _load(history: Run | Mapping[str, Run]) -> list[NamedRun]:
