@@ -2,7 +2,6 @@
 
     python -m benchmarks.tasks run --tasks 40                     development seeds; goes on after a kill
     python -m benchmarks.tasks run --tasks 40 --policy warmctl    only some policies
-    python -m benchmarks.tasks run --policy two-gauges            the law under trial, two_gauges.py
     python -m benchmarks.tasks report                             tables and figure from the rows there are
 
 `--split test` is for a law that is finished; each look is written to looks.txt beside the rows.

@@ -13,7 +13,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.tasks.tasks import Task
-from benchmarks.tasks.two_gauges import TwoGaugesWarmup
 from warmctl import AdaptiveWarmup
 
 Tick = Callable[[float], Any]  # given the loss of the step just made
@@ -24,8 +23,6 @@ ORACLES = {"0–20 %": tuple(LINEAR)[:5], "0–50 %": tuple(LINEAR)}
 """What people set by hand, and what may also change the shape of the schedule."""
 PEERS = ("radam", "untuned", "loss-driven", "radam-schedulefree", "schedulefree")
 OURS = "warmctl"
-TRIED: dict[str, Wrap] = {"two-gauges": TwoGaugesWarmup}
-"""Laws that are measured here before they may enter the library."""
 POLICIES = (*LINEAR, *PEERS, OURS)
 SCHEDULE_FREE_WARMUP = 0.05  # of all steps, as in its paper
 FINAL = 0.1
@@ -61,7 +58,7 @@ def prepare(
     if policy == "loss-driven":
         driven = LossDriven(base, lr, steps)
         return base, driven.tick
-    optimizer = base if policy in LINEAR or policy in PEERS else TRIED.get(policy, wrap)(base, model)
+    optimizer = base if policy in LINEAR or policy in PEERS else wrap(base, model)
     warmup = round(LINEAR.get(policy, 0.0) * steps)
     scheduler = LambdaLR(optimizer, lambda step: linear(step, steps, warmup))
     if policy == "untuned":

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from benchmarks.harness.results import console
 from benchmarks.harness.rows import Row as Row, append, read
-from benchmarks.harness.source import bare, digest, library
-from benchmarks.tasks import two_gauges
-from benchmarks.tasks.policies import LINEAR, PEERS, TRIED, Wrap, prepare
+from benchmarks.harness.source import digest, library
+from benchmarks.tasks.policies import LINEAR, PEERS, Wrap, prepare
 from benchmarks.tasks.tasks import task
 from warmctl import AdaptiveWarmup
 
@@ -98,11 +97,9 @@ def renew_statistics(job: Job, model: torch.nn.Module) -> None:
 
 
 def code(job: Job) -> str:
-    """Which code a row belongs to: the task as drawn; for what is no peer's, also the library and the law tried."""
-    if job.policy in LINEAR or job.policy in PEERS:
-        return signature(job.seed)
-    tried = "" if job.policy not in TRIED else "+" + digest(bare(Path(two_gauges.__file__).read_text()))
-    return f"{signature(job.seed)}+{library()}{tried}"
+    """Which code a row belongs to: the task as drawn, and for what is no peer's also the library."""
+    peers = job.policy in LINEAR or job.policy in PEERS
+    return signature(job.seed) + ("" if peers else f"+{library()}")
 
 
 @lru_cache

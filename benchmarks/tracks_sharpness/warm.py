@@ -47,7 +47,7 @@ def tracked(model: Tracked, kind: str, batches: str, hvp: str, every: int, produ
     """
     net = built(model.make)
     optimizer: Any = AdaptiveWarmup(
-        model.optimizer(kind, net), net, control=False, hvp=hvp, every=every, probe_steps=products, seed=0
+        model.optimizer(kind, net), net, control=False, hvp=hvp, every=every, probe_steps=products, max_warmup=1
     )
     for batch in itertools.islice(model.batches(batches), len(known["truth"])):
 

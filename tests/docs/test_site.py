@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,11 +15,7 @@ pytest.importorskip("mkdocs")
 pytest.importorskip("mkdocstrings")
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = [
-    name
-    for name, value in vars(warmctl).items()
-    if not name.startswith("_") and not isinstance(value, ModuleType) and name != "annotations"
-]
+PUBLIC = list(warmctl._HOME)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import batch_of, closure_for, loss_fn, mlp, noisy_net
+from tests.helpers import LOOK_COST, batch_of, closure_for, loss_fn, mlp, noisy_net
 from tests.loss.helpers import dense, exact_monitor, sharpness_of
 from warmctl import AdaptiveWarmup
-from warmctl.control.cadence import LOOK_COST
 
 
 def test_closure() -> None:

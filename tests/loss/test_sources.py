@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import batch_of, closure_for, loss_fn, mlp, weights
+from tests.helpers import LOOK_COST, batch_of, closure_for, loss_fn, mlp, weights
 from tests.loss.helpers import FORMS, Returns, dense, exact_monitor, loss_of, sharpness_of
-from warmctl.control.cadence import LOOK_COST
 
 
 def test_closure_comes_before_an_observed_batch() -> None:

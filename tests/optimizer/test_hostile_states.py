@@ -16,6 +16,7 @@ from torch import nn
 from tests.helpers import OwnLoss, assert_same, batch_of, closure_for, everything, mlp, own_loss, train
 from warmctl import AdaptiveWarmup
 from warmctl.checkpoint import AVERAGE, NUMBERS, VECTOR
+from warmctl.follow.followers import Followers
 from warmctl.loss.captured import CapturedSource
 from warmctl.loss.live_graph import LiveGraph
 from warmctl.loss.source import Verdict
@@ -30,6 +31,7 @@ State = dict[str, Any]
 
 FOUND = ["there", *(entry.name for entry in fields(Measurement) if entry.name != "reason")]
 NAMES_OF: dict[type, list[str]] = {
+    Followers: [],
     LiveGraph: ["wanted", "passes_before"],
     CapturedSource: ["enabled", "trained_on", "scaled"],
     Verdict: ["repeats"],

@@ -6,9 +6,8 @@ import pytest
 from torch import Tensor
 from torch.optim import SGD
 
-from tests.helpers import assert_same, batch_of, closure_for, everything, loss_fn, mlp, monitor, sgd, train
+from tests.helpers import LOOK_COST, assert_same, batch_of, closure_for, everything, loss_fn, mlp, monitor, sgd, train
 from warmctl import AdaptiveWarmup
-from warmctl.control.cadence import LOOK_COST
 
 
 def test_gradients_left_from_before_the_wrapper() -> None:

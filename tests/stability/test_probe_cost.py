@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.problems import PROBLEMS
-from tests.helpers import batch_of, closure_for, closure_of, loss_fn, mlp, monitor, train
+from tests.helpers import LOOK_COST, batch_of, closure_for, closure_of, loss_fn, mlp, monitor, train
 from warmctl import AdaptiveWarmup
-from warmctl.control.cadence import LOOK_COST
 
 
 class CountedModel(nn.Module):

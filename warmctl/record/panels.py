@@ -126,7 +126,7 @@ def draw_change(axis: Axes, runs: list[NamedRun]) -> None:
     limits(axis, max(found.min(), 1e-3), found.max(), True)
     axis.axhspan(*HEALTHY, color="#000000", alpha=0.045, linewidth=0, zorder=0, gid="healthy")
     middle = float(np.sqrt(HEALTHY[0] * HEALTHY[1]))
-    place = {"transform": axis.get_yaxis_transform(), "va": "center_baseline"}
+    place: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center_baseline"}
     axis.text(1.01, middle, "healthy", fontsize=SMALL, color=INK, **place)
 
 

@@ -107,7 +107,10 @@ class Meter:
     @property
     def expected_cost(self) -> float:
         """Of the next probe, in gradient evaluations."""
-        return float(self.probe_steps) if self.last is None else max(self.last.cost, 1.0)
+        if self.last is None:
+            return float(self.probe_steps)
+        products = self.last.hvps / self.probe_steps or 1.0  # twice as many at the first
+        return max(self.last.cost / products, 1.0)
 
     def read(
         self, due: str, params: list[Tensor], rate: float, each_step: bool, scale: float = 1.0

@@ -1,0 +1,143 @@
+"""The law, one gauge at a time: representation change, end slope, and what is said of what holds the rate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from warmctl.control.controller import (
+    CUT,
+    EVIDENCE,
+    FIRST,
+    RATIO,
+    REPRESENTATION,
+    RISING,
+    SLOPE,
+    Controller,
+    Reading,
+)
+from warmctl.control.gauges import CHANGE, LIFT
+
+
+def warmed(change: float = 0.05, slope: float = math.nan, steps: int = 12, scale: float = 0.01) -> Controller:
+    """After some steps at this scale, with an RRC of `change` and an end slope."""
+    controller = Controller(0.5)
+    for _ in range(steps):
+        controller.update(1.0, Reading(0.001), slope)
+        controller.state.scale = controller.state.highest_scale = controller.state.measured_scale = scale
+        controller.changed(change, scale)
+    return controller
+
+
+def growth(controller: Controller, slope: float = math.nan) -> float:
+    before = controller.state.scale
+    return controller.update(1.0, None, slope).scale / before
+
+
+def test_the_first_step_changes_the_weights_by_a_little() -> None:
+    assert Controller(0.5).update(1.0, Reading(0.01, relative_update=0.5)).scale == pytest.approx(FIRST / 0.5)
+
+
+@pytest.mark.parametrize("slope, factor", [(0.2, math.exp(0.6)), (0.01, math.exp(0.6)), (-0.3, 1.0)])
+def test_the_scale_grows_while_the_next_gradients_agree(slope: float, factor: float) -> None:
+    """Whatever the size of e: what counts is how surely it is positive."""
+    controller = warmed(0.05, slope)
+    assert growth(controller, slope) == pytest.approx(min(factor, (13 / 12) ** 4.0))
+
+
+def test_steps_that_hardly_move_the_network_double_whatever_the_slope() -> None:
+    assert growth(warmed(0.001, -0.5, steps=4)) == pytest.approx(2.0)
+    assert growth(warmed(0.001, -0.5, steps=60)) == pytest.approx((61 / 60) ** 4.0)
+
+
+@pytest.mark.parametrize("change, slope, power", [(0.05, -0.02, 0.5), (0.05, -0.3, 0.0), (0.1, -0.02, 0.0)])
+def test_once_the_slope_has_turned_the_scale_grows_with_the_root_of_the_age_at_most(
+    change: float, slope: float, power: float
+) -> None:
+    assert growth(warmed(change, slope, steps=40), slope) == pytest.approx((41 / 40) ** power)
+
+
+def test_a_slope_that_has_turned_is_remembered_where_steps_are_short_again() -> None:
+    controller = warmed(0.05, -0.02, steps=40)
+    controller.changed(1e-5, controller.state.scale)
+    controller.changed(1e-5, controller.state.scale)
+    assert controller.change.of(controller.state.scale) < 0.03
+    assert growth(controller, -0.02) < 1.02
+
+
+def test_without_representations_the_scale_grows_with_the_age() -> None:
+    controller = Controller(0.5)
+    for _ in range(20):
+        controller.update(1.0, Reading(50.0))
+    before = controller.update(1.0, Reading(1.0)).scale
+    assert controller.update(1.0, Reading(1.0)).scale == pytest.approx(before * 22 / 21)
+
+
+def test_the_representation_change_is_held_and_cut_gently() -> None:
+    controller = warmed(0.05)
+    controller.state.crossed = 1.0
+    controller.changed(50.0, controller.state.scale)  # averaged in log: 1.6
+    before = controller.state.scale
+    decision = controller.update(1.0)
+    assert decision.scale == pytest.approx(CUT * before) and REPRESENTATION in decision.reason
+    for _ in range(40):
+        decision = controller.update(1.0)
+    assert controller.change.of(decision.scale) == pytest.approx(CHANGE, rel=0.3)
+    assert decision.reason == REPRESENTATION or controller.change.of(decision.scale) > CHANGE
+
+
+def test_a_sure_slope_lifts_what_a_step_may_change() -> None:
+    controller = Controller(0.5)
+    assert controller.slope.allowed_change == CHANGE
+    for _ in range(200):
+        controller.slope.take(0.1)
+    assert controller.slope.allowed_change == pytest.approx(CHANGE + LIFT, rel=1e-4)
+    for _ in range(200):
+        controller.slope.take(-0.1)
+    assert controller.slope.allowed_change == CHANGE
+
+
+def test_the_applied_rate_is_the_landscapes_own_whatever_the_peak() -> None:
+    """Thirty times the rate, a thirtieth of the scale."""
+    rates = []
+    for peak in (1.0, 30.0):
+        controller, applied = Controller(0.5), []
+        for t in range(1, 300):
+            reading = Reading(2.0 * peak, relative_update=1.0 * peak) if t % 10 == 1 else None
+            decision = controller.update(peak, reading, 0.3 if t < 40 else -0.05)
+            applied.append(peak * decision.scale)
+            controller.changed(3.0 * applied[-1], applied[-1])
+        rates.append(applied)
+    assert rates[0] == pytest.approx(rates[1], rel=1e-9)
+    assert max(rates[0]) < 1.0
+
+
+def test_no_growth_beyond_the_evidence() -> None:
+    controller = warmed(0.001, steps=3)
+    for _ in range(20):
+        decision = controller.update(1.0)
+    assert decision.scale == pytest.approx(0.01 * EVIDENCE)
+
+
+def test_what_holds_the_rate_is_said() -> None:
+    assert Controller(0.5).update(1.0, Reading(0.2)).reason == "started at scale 1"
+    held = Controller(0.5)
+    held.update(1.0, Reading(5.0))
+    assert held.update(1.0, Reading(5.0)).reason == RATIO
+    assert warmed(0.05, 0.3).update(1.0, None, 0.3).reason == RISING
+    assert warmed(0.05, -0.3).update(1.0, None, -0.3).reason == SLOPE
+    assert warmed(0.05, 0.3, scale=1.0).update(1.0).reason == ""
+
+
+@pytest.mark.parametrize("fall", [1.0, 0.97])
+def test_the_end_names_what_held_the_rate(fall: float) -> None:
+    """A schedule that falls faster than the rate may rise is no limit of the landscape."""
+    controller, rate = Controller(0.5), 1.0
+    while controller.phase == "warmup":
+        decision = controller.update(rate, Reading(1e-4 * rate), -0.02)
+        controller.changed(0.05 * rate * decision.scale / 0.01, rate * decision.scale)
+        rate *= fall if decision.scale > 0.011 else 1.0
+    cause = "the schedule falls faster" if fall < 1.0 else REPRESENTATION
+    assert decision.scale < 1.0
+    assert decision.reason.startswith("warmup ended") and cause in decision.reason
