@@ -96,7 +96,7 @@ def test_measured_and_controlled(way: str) -> None:
     model = Manual(way, lr=30.0)
     assert not fit(model, 30)
     rows = list(model.opt.history)
-    assert len(rows) == model.opt.metrics["step"] == 30 and model.opt.metrics["probes"] >= 3
+    assert len(rows) == model.opt.metrics["step"] == 30 and model.opt.metrics["probes"] >= 2
     assert not failures(rows) and 0.0 < rows[-1]["scale"] < 1.0
     assert model.opt.param_groups[0]["lr"] == 30.0
 

@@ -181,7 +181,7 @@ def test_an_error_half_way_leaves_everything_as_it_was(
     if broken == "vector" and not bare:
         monkeypatch.setattr(run[1].meter.estimator, "load_vector", fails)
     elif broken == "record" and not bare:
-        monkeypatch.setattr(run[1], "_record", fails)
+        monkeypatch.setattr("warmctl.optimizer._row", fails)
     elif broken != "base":
         monkeypatch.setattr(run[1]._saved, "announce_numbers", fails)
     before = all_of(run)
