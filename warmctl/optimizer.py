@@ -52,8 +52,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     A controller scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the
     coming update (edge of stability at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes
-    the layers' outputs by a bounded part, and the scale grows while the next gradients agree with the last steps.
-    Warmup ends by itself. Outside `step` the rates are the schedule's alone.
+    the layers' outputs by a bounded part, and it grows while the next gradients agree. Warmup ends by itself.
 
     Args:
         optimizer: any but LBFGS. One without a registered update rule is measured along the updates that it makes.
@@ -103,9 +102,10 @@ class AdaptiveWarmup(OptimizerProxy):
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
         self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
-        self._followers, self._made = Followers(optimizer, control), Made()
+        self._followers = Followers(optimizer, control)
+        self._made: Made | None = None  # nothing, where a step ends in an error
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
-        self._row = _row(self, self._made)
+        self._row = _row(self, Made())
         self._saved.announce_numbers()
 
     @property
@@ -150,7 +150,7 @@ class AdaptiveWarmup(OptimizerProxy):
         ValueError for a closure that breaks its contract; the parameters are as before then.
         """
         arguments.closure(closure)
-        steps = self.counts.steps
+        self._made = None
         self._follow_parameters()
         skipped = self._lend_scaler(unscale=self.phase != "done")
         try:
@@ -166,7 +166,7 @@ class AdaptiveWarmup(OptimizerProxy):
             self._saved.stepped = True
             return result
         finally:
-            self._end_step(decided=self.counts.steps > steps)
+            self._end_step()
 
     step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
 
@@ -180,8 +180,8 @@ class AdaptiveWarmup(OptimizerProxy):
             return
         self.counts.steps += 1
         self.counts.gradients += (evaluations := self.sources.evaluations)
-        self._made = Made(SKIPPED)
         if self.sources.nonfinite.look(loss, params):
+            self._made = Made(SKIPPED)
             return
         if self.phase == "done":
             return self._coast(rate, loss)
@@ -225,17 +225,17 @@ class AdaptiveWarmup(OptimizerProxy):
         if self.sources.follow(self.trainable):
             self.restart()
 
-    def _end_step(self, decided: bool) -> None:
+    def _end_step(self) -> None:
         """After the update: its row, the schedule's own rates again, the batch forgotten, what was thawed seen."""
-        if decided:
+        if self._made is not None:
             self._row = _row(self, self._made)
             self.history.record(self._row, self._followers.row)
+        elif largest_rate(self.param_groups) <= 0.0:
+            self._row = self._row._replace(lr=0.0)
         self._followers.end()
         self._rates.restore(self.param_groups)
         self.sources.next_step(measured_on_graph=self.meter.next_step())
         self._take_back_scaler()
-        if not decided and largest_rate(self.param_groups) <= 0.0:
-            self._row = self._row._replace(lr=0.0)
         if self._followers:
             self._follow_parameters()
 

@@ -29,6 +29,7 @@ def test_no_source_of_a_loss(base: Any) -> None:
     for remedy in ("opt.step(closure)", "opt.backward(loss)", "opt.observe(batch)"):
         assert sum(remedy in line for line in lines) == 1, message
     assert_same(everything(model, opt), before)
+    assert len(opt.history) == 0  # no step was made, and none is said to have been left out
     opt.step(closure_for(opt, model, batch_of(0)))
     assert opt.metrics["probes"] >= (base is torch.optim.SGD)
 
