@@ -1,7 +1,9 @@
-"""Real processes on gloo. The ranks of a launch are forks of one process that has imported what they need: a launcher and
-each rank of torchrun would do so for themselves, six seconds of a processor each.
+"""Real processes on gloo. The ranks of a launch are forks of one process that has imported what they need, where
+torchrun and each of its ranks would do so for themselves: six seconds of a processor each.
 
-    python -m tests.distributed.launch MODULE RANKS ARGUMENT …      MODULE has `main(arguments)`, which returns JSON on rank 0
+    python -m tests.distributed.launch MODULE RANKS ARGUMENT ...
+
+MODULE has `main(arguments)`, which returns JSON on rank 0.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ pytestmark = needs_gloo
 
 
 def check(results: Results, name: str) -> None:
-    """All ranks took the same fallback at the steps of a fault and measured at others; the training is the bare one's."""
+    """All ranks took the same fallback at the steps of a fault, measured at others, and trained as unwrapped."""
     place, source, error, when = name.split()
     ranks = results[name]
     for found in ranks:
