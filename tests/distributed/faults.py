@@ -16,11 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.launch import from_all_ranks
 from tests.distributed.worker import Regressor, full_weights, own, shard
+from tests.faults.harness import FAULTS
 from warmctl import AdaptiveWarmup
 
 STEPS = 5
 SOURCES = ("closure", "captured", "observed", "backward")
 ERRORS = ("RuntimeError", "OutOfMemoryError", "KeyError", "nan")
+BACKWARD = "backward:"
+"""Before the name of a fault: it happens between two units of the backward pass."""
+IN_BACKWARD = ("RuntimeError", "OutOfMemoryError", "MemoryError", "StopIteration", "no words", "nan")
 FAILING = {"1,2": {0: 1, 2: 2}, "2,1": {0: 2, 2: 1}, "always": dict.fromkeys(range(STEPS), 1)}
 """The evaluation that goes wrong, by step: in the first probe and in a later one, after one that was good."""
 
@@ -46,32 +50,29 @@ class Faulty(Regressor):
         return out if self.on_graph else {"loss": nn.functional.mse_loss(out, y)}  # or the loss would be captured
 
     def go_wrong(self, out: Tensor, evaluation: int) -> Tensor:
-        if self.on_graph:
-            result: Tensor = Once.apply(out, self)
+        if self.on_graph or self.error.startswith(BACKWARD):
+            result: Tensor = Once.apply(out, self, evaluation)
             return result
-        if 0 < self.fails_at == evaluation:
-            return self.fault(out)
-        return out
+        return self.fault(out, evaluation)
 
-    def fault(self, out: Tensor) -> Tensor:
-        if self.error == "nan":
-            return out * float("nan")
-        kind = {"RuntimeError": RuntimeError, "KeyError": KeyError}.get(self.error, torch.OutOfMemoryError)
-        raise kind("no such thing")
+    def fault(self, out: Tensor, evaluation: int) -> Tensor:
+        return FAULTS[self.error.removeprefix(BACKWARD)](self, out) if 0 < self.fails_at == evaluation else out
 
 
 class Once(torch.autograd.Function):
-    """The identity, whose second derivative may go wrong."""
+    """The identity, whose first or second derivative may go wrong."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: Faulty) -> Tensor:
-        ctx.owner = owner
+    def forward(ctx: Any, x: Tensor, owner: Faulty, evaluation: int) -> Tensor:
+        ctx.owner, ctx.evaluation = owner, evaluation
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        result: Tensor = Twice.apply(gradient, ctx.owner)
-        return result, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.owner.on_graph:
+            result: Tensor = Twice.apply(gradient, ctx.owner)
+            return result, None, None
+        return ctx.owner.fault(gradient, ctx.evaluation), None, None
 
 
 class Twice(torch.autograd.Function):
@@ -82,7 +83,7 @@ class Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (ctx.owner.fault(gradient) if ctx.owner.fails_at > 0 else gradient), None
+        return ctx.owner.fault(gradient, ctx.owner.fails_at), None
 
 
 def train(source: str, error: str, failing: dict[int, int], place: str, probed: bool = True) -> Any:
@@ -130,6 +131,9 @@ def cases(place: str) -> dict[str, tuple[Any, ...]]:
     for source, error, (name, failing) in itertools.product(SOURCES, ERRORS, FAILING.items()):
         if source != "backward" or (place == "ddp" and name != "2,1"):  # no exact product of shards; one evaluation
             found[f"{place} {source} {error} {name}"] = (source, error, failing, place)
+    for error in IN_BACKWARD:
+        name = f"{place} closure {BACKWARD}{error.replace(' ', '_')} 1,2"
+        found[name] = "closure", BACKWARD + error, FAILING["1,2"], place
     return found
 
 

@@ -94,3 +94,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_a_failure_on_both(results: dic
     first, second = ranks(results, "nan_on_one_rank")
     assert first["decisions"] == second["decisions"]
     assert not first["probed"] and not second["probed"]
+
+
+def test_a_rank_may_run_out_of_batches_after_warmup_alone(results: dict[str, Ranks]) -> None:
+    """Before, all are told so at the first step, instead of waiting for each other."""
+    for found in ranks(results, "join_in_warmup"):
+        assert "as many batches" in found["said"] and found["equal"]
+    first, second = ranks(results, "join_after_warmup")
+    assert first["phase"] == second["phase"] == "done" and (first["steps"], second["steps"]) == (5, 6)
+    assert first["weights"] == second["weights"]

@@ -332,6 +332,32 @@ def nan_on_one_rank() -> dict[str, Any]:
     return {"decisions": [(r["scale"], r["phase"]) for r in rows], "probed": any(r["hvps"] for r in rows)}
 
 
+@check
+def join_in_warmup() -> dict[str, Any]:
+    """A rank that runs out of batches would leave the others waiting."""
+    model = build()
+    opt, outer, said = wrap(model, model), DistributedDataParallel(model), ""
+    before = full_weights(model)
+    try:
+        with outer.join():
+            train(outer, opt, "captured", range(2 + dist.get_rank()))
+    except RuntimeError as error:
+        said = str(error)
+    return {"said": said, "equal": full_weights(model) == before}
+
+
+@check
+def join_after_warmup() -> dict[str, Any]:
+    model = build()
+    opt = wrap(model, model, max_warmup=2, after="release")
+    opt.param_groups[0]["lr"] = 0.05
+    outer = DistributedDataParallel(model)
+    train(outer, opt, "captured", range(3))
+    with outer.join():
+        train(outer, opt, "captured", range(3, 5 + dist.get_rank()))
+    return {"phase": opt.phase, "steps": opt.metrics["step"], "weights": full_weights(model)}
+
+
 def main(names: list[str]) -> dict[str, list[Any]]:
     results = {}
     for name in names or CHECKS:
