@@ -135,9 +135,8 @@ class AdaptiveWarmup(OptimizerProxy):
         return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        return (
-            f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
-        )
+        scale = self.controller.state.scale
+        return f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={scale:.4g})"
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -190,8 +189,7 @@ class AdaptiveWarmup(OptimizerProxy):
         warming = self.phase == "warmup"
         value, norm, slope, finite = self._signals.read(loss, params, warming and self.cadence.asks_slope())
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
-        # Why to probe, or "". It also takes loss and norm into the averages that `surprise` compares with.
-        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
+        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)  # why to probe, or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         self.sources.nonfinite.make(finite)

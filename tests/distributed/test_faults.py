@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.faults import FAILING, SOURCES, STEPS
+from tests.distributed.faults import BACKWARD, FAILING, IN_BACKWARD, SOURCES, STEPS
 from tests.distributed.launch import launch, needs_gloo
 
 Results = dict[str, list[dict[str, Any]]]
@@ -43,8 +43,18 @@ def results(request: pytest.FixtureRequest) -> Results:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_rank_takes_the_same_fallback_and_training_goes_on(results: Results, source: str) -> None:
-    names = [name for name in results if name.split()[1] == source and not name.startswith("bare")]
+    names = [
+        name for name in results if name.split()[1] == source and not name.startswith("bare") and BACKWARD not in name
+    ]
     assert len(names) >= 3 or (source == "backward" and not any(name.startswith("ddp") for name in results))
+    for name in names:
+        check(results, name)
+
+
+def test_a_fault_in_the_backward_pass_of_one_rank(results: Results) -> None:
+    """Between two units: others would be in the collective of the next."""
+    names = [name for name in results if BACKWARD in name]
+    assert len(names) == len(IN_BACKWARD)
     for name in names:
         check(results, name)
 

@@ -129,6 +129,7 @@ DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
     "vector of words": (vectors(lambda v: "v"), "warmctl_vector"),
     "vector of integers": (vectors(lambda v: v.long()), "warmctl_vector"),
     "vector cut short": (vectors(lambda v: v[:-1]), "shape"),
+    "average of nan": (vectors(lambda v: v * math.nan, AVERAGE), "warmctl_average"),
     "average of words": (vectors(lambda v: "v", AVERAGE), "warmctl_average"),
     "average cut short": (vectors(lambda v: v[:-1], AVERAGE), "shape"),
     "no groups": (lambda saved: saved.pop("param_groups"), "param_groups"),
