@@ -135,8 +135,9 @@ class AdaptiveWarmup(OptimizerProxy):
         return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        scale = self.controller.state.scale
-        return f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={scale:.4g})"
+        return (
+            f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={self.controller.state.scale:.4g})"
+        )
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -178,6 +179,7 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
+        self.meter.check_even(before)
         self.counts.steps += 1
         self.counts.gradients += (evaluations := self.sources.evaluations)
         if self.sources.nonfinite.look(loss, params):

@@ -1,39 +1,20 @@
-"""Real processes: torchrun starts two ranks of worker.py once; each test reads one check."""
+"""Real processes: two ranks of worker.py are launched once; each test reads one check."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed
+
+from tests.distributed.launch import launch, needs_gloo
 
 Ranks = list[dict[str, Any]]
-WORKER = Path(__file__).with_name("worker.py")
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Ranks]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(WORKER)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    found: dict[str, Ranks] = json.loads(lines[-1].removeprefix("RESULTS "))
+    found: dict[str, Ranks] = launch("tests.distributed.worker", 2)
     return found
 
 
@@ -113,3 +94,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_a_failure_on_both(results: dic
     first, second = ranks(results, "nan_on_one_rank")
     assert first["decisions"] == second["decisions"]
     assert not first["probed"] and not second["probed"]
+
+
+def test_a_rank_may_run_out_of_batches_after_warmup_alone(results: dict[str, Ranks]) -> None:
+    """Before, all are told so at the first step, instead of waiting for each other."""
+    for found in ranks(results, "join_in_warmup"):
+        assert "as many batches" in found["said"] and found["equal"]
+    first, second = ranks(results, "join_after_warmup")
+    assert first["phase"] == second["phase"] == "done" and (first["steps"], second["steps"]) == (5, 6)
+    assert first["weights"] == second["weights"]

@@ -112,6 +112,11 @@ class Meter:
         products = self.last.hvps / self.probe_steps or 1.0  # twice as many at the first
         return max(self.last.cost / products, 1.0)
 
+    def check_even(self, phase: str) -> None:
+        """Raise RuntimeError if a rank may run out of batches before others, where the step has collectives."""
+        if phase != "done" or self.sources.nonfinite.skip:
+            self.prober.ranks.check_even()
+
     def read(
         self, due: str, params: list[Tensor], rate: float, each_step: bool, scale: float = 1.0
     ) -> Measurement | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from warmctl import distributed
 from warmctl.curvature.operators import HessianOperator
 from warmctl.loss.no_trace import no_trace
+from warmctl.loss.ranks import Ranks
 from warmctl.loss.replay import Replay
 from warmctl.loss.scaler import loss_scale
 from warmctl.loss.source import Replays
@@ -73,6 +74,11 @@ class Prober:
         self._replays = Replays(model)
         self._change = RepresentationChange(model)
         self._looked_at: Replay | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that measure together."""
+        return self._replays.ranks
 
     def probe(self, params: list[Tensor], seed: int) -> Measurement:
         """Measure the coming step. Cost: the estimator's, and at the first what the source spends on its checks."""
@@ -162,19 +168,26 @@ class Prober:
     def look(self, params: list[Tensor]) -> float:
         """Look at the representations before the update; `changed` tells how far it has moved them. Returns the cost.
 
-        That is a forward pass, and what the source spends; 0 where nothing can be evaluated again.
+        That is a forward pass, and what the source spends; 0 where nothing can be evaluated again. A look that fails
+        is over: `changed` knows nothing then, and costs nothing.
         """
+        spent = 0.0
 
-        def begin() -> float:
-            self._looked_at = self.sources.forward(params, self._replays)
+        def begin() -> Replay | None:
+            nonlocal spent
+            replay = self.sources.forward(params, self._replays)
             spent = float(self._replays.spent)
-            if self._looked_at is None:
-                return spent
-            self._change.before(self._looked_at)
-            return spent + FORWARD
+            if replay is not None:
+                spent += FORWARD
+                self._change.before(replay)
+            return replay
 
         found = self._guarded(begin, params)
-        return found.cost if isinstance(found, Measurement) else found
+        if isinstance(found, Measurement):
+            self._looked_at = None
+            return spent or found.cost
+        self._looked_at = found
+        return spent
 
     def changed(self) -> tuple[float, float]:
         """The relative representation change of the update made since `look`, nan if not to be seen; and the cost."""
