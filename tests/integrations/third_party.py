@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 RULE, ALONG = "its own", "along the update"
@@ -25,8 +25,8 @@ class Tried:
         measured: RULE or ALONG.
         note: what its user must know, "" if nothing.
         refused: what the error says, where it cannot be wrapped.
-        resumes: whether the bare optimizer continues bit for bit after `load_state_dict`; ours cannot do better.
         inside: the optimizer that a wrapper of optimizers is given, as its second argument or in place of parameters.
+        calls_first: whether the closure is called before it is given to `step`.
         around: a context that its steps need here.
     """
 
@@ -36,7 +36,6 @@ class Tried:
     measured: str = ALONG
     note: str = ""
     refused: str = ""
-    resumes: bool = True
     inside: Callable[..., Optimizer] | None = None
     calls_first: bool = False
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -61,9 +60,8 @@ class Tried:
     def row(self) -> str:
         if self.refused:
             return f"| {self.name} | `{self.id}` | refused | – | – | – | {self.note} |"
-        resumes = "bit for bit" if self.resumes else "as the bare one"
         works = "works, see note" if self.note else "works"
-        return f"| {self.name} | `{self.id}` | {works} | {self.measured} | yes | {resumes} | {self.note} |"
+        return f"| {self.name} | `{self.id}` | {works} | {self.measured} | yes | bit for bit | {self.note} |"
 
 
 def _eagerly() -> AbstractContextManager[Any]:
@@ -72,13 +70,8 @@ def _eagerly() -> AbstractContextManager[Any]:
     return stance
 
 
-def _rate(value: float) -> Tensor:
-    return torch.tensor(value)
-
-
 ADAPTS = "leave `lr` at 1: the scale multiplies the rate that it finds; warmup lasts while that rate still grows"
 MODES = "`opt.train()` before training and `opt.eval()` before evaluating and saving, on the wrapper"
-PYTORCH_OPTIMIZER = "pytorch_optimizer.optimizer"
 
 TRIED = [
     Tried("schedule-free", "schedulefree.AdamWScheduleFree", {"lr": 1e-2}, RULE, MODES),
@@ -100,7 +93,6 @@ TRIED = [
         "pytorch_optimizer.SAM",
         {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9},
         note="`closure(); opt.step(closure)`, as its own documentation has it",
-        resumes=False,
         calls_first=True,
     ),
     Tried(
@@ -121,9 +113,7 @@ TRIED = [
         around=_eagerly,
     ),
 ]
-HEADER = (
-    "| optimizer | tried | | measured by | level with bare | resumes | note |\n|---|---|---|---|---|---|---|"
-)
+HEADER = "| optimizer | tried | | measured by | level with bare | resumes | note |\n|---|---|---|---|---|---|---|"
 
 
 def table() -> str:
