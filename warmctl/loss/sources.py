@@ -32,7 +32,8 @@ NOT_OBSERVED = (
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
   opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns it; or
   opt.backward(loss)     in place of loss.backward(); or
-  opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)."""
+  opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss).
+In the Hugging Face Trainer: warmctl.integrations.transformers.WarmupTrainerMixin."""
 
 
 class Sources:
