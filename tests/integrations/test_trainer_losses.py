@@ -20,10 +20,10 @@ from warmctl import AdaptiveWarmup, sharpness
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("transformers")
 
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments  # noqa: E402
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from warmctl.integrations import unwrap  # noqa: E402
-from warmctl.integrations.transformers import WarmupTrainerMixin, log_warmup  # noqa: E402
+from warmctl.integrations import unwrap
+from warmctl.integrations.transformers import WarmupTrainerMixin, log_warmup
 
 SMOOTHING, DAMPING = 0.2, 0.05
 

@@ -25,8 +25,8 @@ from warmctl.warning import warn
 _Base = Trainer if TYPE_CHECKING else object
 
 TWICE = (
-    "warmctl: {name}={value:g} is left in TrainingArguments: the Trainer's linear warmup multiplies AdaptiveWarmup's own. "
-    "Leave {name} out"
+    "warmctl: {name}={value:g} is left in TrainingArguments: the Trainer's linear warmup multiplies AdaptiveWarmup's "
+    "own. Leave {name} out"
 )
 
 
@@ -60,8 +60,8 @@ class WarmupTrainerMixin(_Base):
         class WarmupTrainer(WarmupTrainerMixin, Trainer): ...
 
     Whichever way `compute_loss` makes the loss (`label_smoothing_factor`, `compute_loss_func`, a method of a subclass),
-    probes repeat it; where it is the model's own, the model alone. An optimizer that is no AdaptiveWarmup yet is wrapped,
-    at the rate that it has from the arguments.
+    probes repeat it; where it is the model's own, the model alone. An optimizer that is no AdaptiveWarmup yet is
+    wrapped, at the rate that it has from the arguments.
 
     Args:
         warmup: options of `AdaptiveWarmup`; all others are those of the Trainer.

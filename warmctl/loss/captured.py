@@ -1,12 +1,14 @@
 """The loss that a model returns itself (Hugging Face, nanoGPT), recorded by a forward hook.
 
 What is recorded: the arguments of the last training forward, the random state and the autocast mode before it. Nothing
-in the user's loop changes. A framework that makes the loss of the model's outputs elsewhere has it recorded by `computed`.
+in the user's loop changes. What makes the loss of the model's outputs elsewhere has it recorded by `computed`.
 """
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -55,6 +57,17 @@ def find_loss(output: Any) -> Tensor | None:
     return scalars[0] if len(scalars) == 1 else None
 
 
+def _compiled_or_plain(model: nn.Module) -> list[nn.Module]:
+    """The other modules under which this one may be called, if anything is compiled in this process."""
+    if "torch._dynamo" not in sys.modules:
+        return []
+    from torch._dynamo import OptimizedModule
+
+    compiled = [thing for thing in gc.get_objects() if type(thing) is OptimizedModule]
+    twins = [m for m in compiled if m._orig_mod is model or getattr(m._orig_mod, "module", None) is model]
+    return [*twins, model._orig_mod] if isinstance(model, OptimizedModule) else [*twins]
+
+
 class ModelCapture:
     """Remembers the model's last training forward that returned a loss and was followed by a backward pass.
 
@@ -72,6 +85,7 @@ class ModelCapture:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list[Any] = []
+        self._heard: list[nn.Module] = []
         self.enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
         self.forwards = 0
         self._hooked: list[tuple[weakref.ref[Tensor], Any]] | None = None
@@ -86,14 +100,30 @@ class ModelCapture:
     def enabled(self, value: bool) -> None:
         self._enabled = value
         if value and not self._handles:
-            self._handles = [
-                self.model.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
-                self.model.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
-            ]
+            self._hear(self.model)
+            self.find_compiled()
+
+    def _hear(self, module: nn.Module) -> None:
+        self._heard.append(module)
+        self._handles += [
+            module.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
+            module.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
+        ]
+
+    def find_compiled(self) -> bool:
+        """Hear the module that `torch.compile` has made of this one, or the one that it was made of. True if it is new.
+
+        Hooks of a module inside compiled code are a part of its graph: they hear nothing.
+        """
+        found = [twin for twin in _compiled_or_plain(self.model) if not any(twin is heard for heard in self._heard)]
+        for twin in found:
+            self._hear(twin)
+        return bool(found)
 
     def remove(self) -> None:
         """Record no more forwards, until enabled again. They need not pass through hooks then."""
         self._enabled = False
+        self._heard = []
         while self._handles:
             self._handles.pop().remove()
 
@@ -137,7 +167,7 @@ class ModelCapture:
             return function(*args, **kwargs)
 
     def computed(self, compute: Callable[[], Any]) -> Any:
-        """The loss that `compute` makes of the model's outputs. Unless it is the model's own, it is what is recorded."""
+        """The loss that `compute` makes of the model's outputs, which is recorded unless it is the model's own."""
         if not self._recording:
             return compute()
         call, random_state = self._about_to_call(compute, (), {})
@@ -175,7 +205,7 @@ class ModelCapture:
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._recording:
-            self._pending = self._about_to_call(self.model, args, kwargs)
+            self._pending = self._about_to_call(module, args, kwargs)
 
     def _confirm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.enabled or self._pending is None:
@@ -187,7 +217,7 @@ class ModelCapture:
     def _record(self, output: Any, call: Call, random_state: RandomState) -> None:
         loss = find_loss(output)
         if loss is not None:
-            self.forwards, self.bare = self.forwards + 1, output is loss and call[0] is self.model
+            self.forwards, self.bare = self.forwards + 1, output is loss and isinstance(call[0], nn.Module)
             value, hook = loss.detach(), _Hook(self, "_trained")
             handle = loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
             if self._hooked is not None:
