@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
+from warmctl.chained import ChainedOptimizer
 from warmctl.proxy import OptimizerProxy
 from warmctl.stability.rules import adaptive, descent, third_party
+from warmctl.stability.rules.by_group import RuleByGroup
 from warmctl.stability.rules.rule import UpdateRule as UpdateRule
 
 _RULES: dict[type, UpdateRule] = {**descent.RULES, **adaptive.RULES}
@@ -42,13 +44,29 @@ def register_update_rule(optimizer_class: type, rule: UpdateRule) -> None:
 
 
 def update_rule(optimizer: torch.optim.Optimizer | type) -> UpdateRule | None:
-    """The rule of an optimizer or its class, or of the base whose `step` it inherits; None if not known."""
+    """The rule of an optimizer or its class, or of the base whose `step` it inherits; None if not known.
+
+    Of a chain: each group's rule is that of its member; None if one has none.
+    """
+    if isinstance(optimizer, ChainedOptimizer):
+        return _rule_of_chain(optimizer)
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     for ancestor in optimizer_class.__mro__:
         rule = _RULES.get(ancestor) or third_party.rule_by_name(ancestor, optimizer)
         if rule is not None:
             return rule if _step_of(ancestor) is _step_of(optimizer_class) else None
     return None
+
+
+def _rule_of_chain(chain: ChainedOptimizer) -> UpdateRule | None:
+    rules = [rule for member in chain.members if (rule := update_rule(member)) is not None]
+    if len(rules) < len(chain.members):
+        return None
+
+    def of(group: Any) -> UpdateRule:
+        return rules[chain.members.index(chain.member_of(group))]
+
+    return RuleByGroup.of_rules(rules, of)
 
 
 def stability_threshold(optimizer: torch.optim.Optimizer) -> list[float]:
