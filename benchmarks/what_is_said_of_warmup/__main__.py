@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """What is said of warmup, tried: an effect with its interval and a verdict for each claim."""
     torch.set_num_threads(1)
-    if unknown := set(claim or ()) - {number for _, number, _ in collected()}:
+    if unknown := set(claim or ()) - {each.number for claims in collected().values() for each in claims}:
         raise typer.BadParameter(f"--claim {', '.join(map(str, unknown))}: there is no such claim")
     todo = wanted(claim or (), seeds or (QUICK_SEEDS if quick else SEEDS), quick)
     rows = kept(todo) if only_report else complete(todo, workers)
@@ -48,12 +48,13 @@ def main(
 
 
 def show(found: list[Row], rows: dict[Job, Row]) -> None:
-    spent = Counter[tuple[int, str]]()
-    for job, row in rows.items():
-        spent[job.claim, job.title] += row["seconds"]
-    shown = [{**line, "mean [95 %]": span(line), "CPU seconds": spent[line["claim"], line["title"]]} for line in found]
+    shown = [{**line, "mean [95 %]": span(line)} for line in found]
     columns = {"claim": "{}", "title": "{}", "unit": "{}", "mean [95 %]": "{}", "margin": "{:g}", "verdict": "{}"}
-    table("What is said of warmup: effects, mean over seeds", shown, {**columns, "CPU seconds": "{:.0f}"})
+    table("What is said of warmup: effects, mean over seeds", shown, columns)
+    seconds = Counter[int]()
+    for job, row in rows.items():
+        seconds[job.claim] += row["seconds"]
+    console.print("CPU seconds: " + ", ".join(f"{number}: {spent:.0f}" for number, spent in sorted(seconds.items())))
 
 
 if __name__ == "__main__":

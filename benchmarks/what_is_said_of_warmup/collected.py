@@ -22,6 +22,10 @@ ROWS = RESULTS / "what_is_said_of_warmup"
 FOLDER = Path(package.__file__).parent
 
 
+Trial = tuple[str, int, str]
+"""Module, number and title of the first claim that is tried by it."""
+
+
 class Job(NamedTuple):
     module: str
     claim: int
@@ -31,20 +35,23 @@ class Job(NamedTuple):
 
 
 @lru_cache
-def collected() -> dict[tuple[str, int, str], Claim]:
-    """By module, number and title, in the order of the numbers."""
-    found: dict[tuple[str, int, str], Claim] = {}
+def collected() -> dict[Trial, list[Claim]]:
+    """The claims that one trial tries, in the order of the numbers."""
+    found: dict[Trial, list[Claim]] = {}
     for module in pkgutil.iter_modules([str(FOLDER)]):
         if module.name != "__main__":
             claims = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "CLAIMS", ())
-            found |= {(module.name, claim.number, claim.title): claim for claim in claims}
+            for claim in claims:
+                first = next(other for other in claims if other.trial == claim.trial)
+                found.setdefault((module.name, first.number, first.title), []).append(claim)
     return dict(sorted(found.items(), key=lambda item: item[0][1]))
 
 
 def wanted(numbers: Iterable[int], seeds: int, quick: bool) -> list[Job]:
-    """Seed after seed, so that a run cut short has some seeds of all claims."""
+    """Seed after seed, so that a run cut short has some seeds of all claims; all claims where no number is given."""
     numbers = set(numbers)
-    return [Job(*key, seed, quick) for seed in range(seeds) for key in collected() if not numbers or key[1] in numbers]
+    trials = [key for key, claims in collected().items() if not numbers or numbers & {each.number for each in claims}]
+    return [Job(*key, seed, quick) for seed in range(seeds) for key in trials]
 
 
 def path(module: str, quick: bool) -> Path:
@@ -72,7 +79,7 @@ def kept(todo: Iterable[Job]) -> dict[Job, Row]:
 
 def measured(job: Job) -> Row:
     start = time.process_time()
-    figures = dict(collected()[job[:3]].trial(job.seed, job.quick))
+    figures = dict(collected()[job[:3]][0].trial(job.seed, job.quick))
     if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
         raise ValueError(f"claim {job.claim}, {job.title!r}, seed {job.seed}: {', '.join(wrong)} not finite")
     seconds = round(time.process_time() - start, 2)

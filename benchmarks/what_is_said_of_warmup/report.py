@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness import style
 from benchmarks.harness.rows import Row
-from benchmarks.what_is_said_of_warmup.claim import HOLDS, NOT_HERE, REVERSE, interval, verdict
+from benchmarks.what_is_said_of_warmup.claim import HOLDS, NOT_HERE, REVERSE, Claim, interval, verdict
 from benchmarks.what_is_said_of_warmup.collected import Job, collected
 
 PAGE = Path(__file__).parents[2] / "docs/evidence/what-is-said.md"
@@ -20,28 +20,19 @@ SHOWN = 300.0
 
 
 def lines(rows: Mapping[Job, Row]) -> list[Row]:
-    """One a claim that has rows."""
+    """One a claim that has rows, in the order of the numbers."""
     found = []
-    for key, claim in collected().items():
-        effects = [claim.effect(row["figures"]) for job, row in sorted(rows.items()) if job[:3] == key]
-        if effects:
-            mean, low, high = interval(effects)
-            found.append(
-                {
-                    "claim": claim.number,
-                    "title": claim.title,
-                    "source": claim.source,
-                    "setting": claim.setting,
-                    "unit": claim.unit,
-                    "margin": claim.margin,
-                    "mean": mean,
-                    "low": low,
-                    "high": high,
-                    "verdict": verdict(effects, claim.margin),
-                    "effects": effects,
-                }  # fmt: skip
-            )
-    return found
+    for key, claims in collected().items():
+        tried = [row["figures"] for job, row in sorted(rows.items()) if job[:3] == key]
+        found += [line(claim, [claim.effect(figures) for figures in tried]) for claim in claims if tried]
+    return sorted(found, key=lambda each: each["claim"])
+
+
+def line(claim: Claim, effects: list[float]) -> Row:
+    mean, low, high = interval(effects)
+    words = {"title": claim.title, "source": claim.source, "setting": claim.setting, "unit": claim.unit}
+    figures = {"margin": claim.margin, "mean": mean, "low": low, "high": high, "effects": effects}
+    return {"claim": claim.number, **words, **figures, "verdict": verdict(effects, claim.margin)}
 
 
 def number(value: float) -> str:

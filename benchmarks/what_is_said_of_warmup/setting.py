@@ -25,7 +25,7 @@ from benchmarks.tasks.data import Batch, Sampler, seeded
 
 Watch = Callable[[int, nn.Module, Batch], object]
 """Called after each backward pass, before clipping, with the number of steps made, the model and the batch."""
-RATES = tuple(round(10 ** (exponent / 4), 5) for exponent in range(-14, 5))
+RATES = tuple(round(10 ** (exponent / 2), 5) for exponent in range(-8, 3))
 PICKED_ON = (100, 101, 102)
 ABOVE, SHARE = 3.0, 0.2
 """Claims are tried at this multiple of the best rate of plain training, with warmup over this share of the steps."""
@@ -107,7 +107,7 @@ def main() -> None:
         means = {
             rate: sum(setting.final(setting.train(seed, rate)) for seed in PICKED_ON) / len(PICKED_ON)
             for rate in RATES
-            if setting.rate / 20 < rate < setting.rate * 20
+            if setting.rate / 11 < rate < setting.rate * 11
         }
         best = min(means, key=means.__getitem__)
         rows = [{"rate": rate, "final loss": mean, "": "best" * (rate == best)} for rate, mean in means.items()]

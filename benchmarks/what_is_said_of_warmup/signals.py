@@ -16,8 +16,7 @@ from benchmarks.tasks import models
 from benchmarks.tasks.data import Batch, digit_sampler, seeded, text_sampler
 from benchmarks.what_is_said_of_warmup.claim import Claim, Figures
 from benchmarks.what_is_said_of_warmup.setting import ABOVE, SHARE, Setting
-from warmctl import AdaptiveWarmup
-from warmctl.follow import BatchNormMomentum
+from warmctl import AdaptiveWarmup, BatchNormMomentum
 
 SYMBOLS, CONTEXT = 64, 32
 
@@ -39,19 +38,25 @@ TANH = Setting(
     lambda: models.mlp([64, *[64] * 6, 10], "tanh"),
     digit_sampler(False, 32, 0.5),
     rate=0.1,
-    steps=500,
+    steps=400,
     chance=math.log(10),
 )
 POST_LN = Setting(
-    "post-LN", lambda: transformer(True), text_sampler(False, 8, CONTEXT), rate=0.00316, steps=300, chance=3.1, optimizer=adam
-)  # fmt: skip
+    "post-LN",
+    lambda: transformer(True),
+    text_sampler(False, 8, CONTEXT),
+    rate=0.01,
+    steps=200,
+    chance=3.14,
+    optimizer=adam,
+)
 PRE_LN = Setting(
     "pre-LN, clipped",
     lambda: transformer(False),
     text_sampler(False, 8, CONTEXT),
-    rate=0.00316,
-    steps=300,
-    chance=3.1,
+    rate=0.01,
+    steps=200,
+    chance=3.14,
     optimizer=adamw,
     clip=1.0,
 )
@@ -96,7 +101,9 @@ def saturation(seed: int, quick: bool) -> Figures:
     for name, share in BOTH.items():
         shares, ratios = [], []
 
-        def watch(step: int, model: Any, batch: Batch, shares: list[float] = shares, ratios: list[float] = ratios) -> None:
+        def watch(
+            step: int, model: Any, batch: Batch, shares: list[float] = shares, ratios: list[float] = ratios
+        ) -> None:
             if step >= 0.9 * steps:
                 shares.append(saturated(model, batch[0]))
                 first, last = (gradient_norm([model[place].weight]) for place in (1, -1))
@@ -269,8 +276,8 @@ CLAIMS = (
         7,
         "At full rate from the start batch norm's averages lag behind the weights, and evaluation with them",
         "common advice",
-        f"convolution with batch norm on digits in a field, SGD momentum .9, the first {EARLY} steps at three times the "
-        "best plain rate, warmup as long and none",
+        f"convolution with batch norm on digits in a field, SGD momentum .9, the first {EARLY} steps at three times "
+        "the best plain rate, warmup as long and none",
         averages,
         without_minus_with(""),
         "ln of held-out loss, running averages over the batch's own, without − with",
