@@ -14,7 +14,7 @@ from benchmarks.what_is_said_of_warmup.claim import Claim, Figures
 from benchmarks.what_is_said_of_warmup.detectors import SingleStage, TwoStage, average_precision, fields
 from benchmarks.what_is_said_of_warmup.setting import ABOVE, SHARE, Setting
 
-STEPS, LOOKS = 400, 4
+STEPS, LOOKS = 300, 4
 
 
 @lru_cache
@@ -32,8 +32,8 @@ def own_loss(model: Any, batch: Batch) -> Tensor:
     return model.loss(batch)  # type: ignore[no-any-return]
 
 
-SINGLE = Setting("single-stage", SingleStage, sample, rate=0.00316, steps=STEPS, chance=6.3, loss=own_loss)
-TWO = Setting("two-stage", TwoStage, sample, rate=0.01, steps=STEPS, chance=5.5, loss=own_loss)
+SINGLE = Setting("single-stage", SingleStage, sample, rate=0.03162, steps=STEPS, chance=6.3, loss=own_loss)
+TWO = Setting("two-stage", TwoStage, sample, rate=0.03162, steps=STEPS, chance=5.5, loss=own_loss)
 SETTINGS = (SINGLE, TWO)
 
 

@@ -168,7 +168,7 @@ def average_precision(found: Found, truth: Tensor) -> float:
     apart = (found.centres[:, :, None] - truth[:, None, :, 1:]).abs()
     shared = ((DIGIT - apart).clamp(min=0) / DIGIT).prod(-1)
     overlap = shared / (2 - shared)
-    fits = (overlap >= 0.5) & (found.classes[..., None] == truth[:, None, :, 0])
+    fits = (overlap >= 0.5) & (found.classes[..., None] == truth[:, None, :, 0]) & (truth[:, None, :, 0] >= 0)
     taken = torch.zeros(truth.shape[:2], dtype=torch.bool)
     hits = []
     for flat in found.scores.flatten().argsort(descending=True, stable=True).tolist():

@@ -84,7 +84,7 @@ def digits_of(figures: Figures) -> float:
     return -math.log10(max(1e-12, *(abs(value) for value in figures.values())))
 
 
-BETA2, COORDINATES = 0.99, 50_000
+BETA2, COORDINATES = 0.99, 20_000
 
 
 def bias_of_v(seed: int, quick: bool) -> Figures:
@@ -95,7 +95,7 @@ def bias_of_v(seed: int, quick: bool) -> Figures:
     figures = {}
     for name, rate, warmup in (("1e-4", 1e-4, 0), ("1e-2", 1e-2, 0), ("1e-1", 1e-1, 0), ("1e-1 warmed", 1e-1, 50)):
         generator = seeded(seed)
-        x = torch.nn.Parameter(torch.zeros(COORDINATES // (5 if quick else 1)))
+        x = torch.nn.Parameter(torch.zeros(COORDINATES // (4 if quick else 1)))
         adam, worst = Adam([x], rate, betas=(0.9, BETA2)), 0.0
         for step in range(1, 101):
             adam.param_groups[0]["lr"] = rate * min(1.0, step / max(1, warmup))

@@ -26,7 +26,7 @@ from benchmarks.tasks.data import Batch, Sampler, seeded
 Watch = Callable[[int, nn.Module, Batch], object]
 """Called after each backward pass, before clipping, with the number of steps made, the model and the batch."""
 RATES = tuple(round(10 ** (exponent / 2), 5) for exponent in range(-8, 3))
-PICKED_ON = (100, 101, 102)
+PICKED_ON = (100, 101)
 ABOVE, SHARE = 3.0, 0.2
 """Claims are tried at this multiple of the best rate of plain training, with warmup over this share of the steps."""
 

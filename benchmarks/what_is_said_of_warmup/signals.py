@@ -38,7 +38,7 @@ TANH = Setting(
     lambda: models.mlp([64, *[64] * 6, 10], "tanh"),
     digit_sampler(False, 32, 0.5),
     rate=0.1,
-    steps=400,
+    steps=300,
     chance=math.log(10),
 )
 POST_LN = Setting(
@@ -46,7 +46,7 @@ POST_LN = Setting(
     lambda: transformer(True),
     text_sampler(False, 8, CONTEXT),
     rate=0.01,
-    steps=200,
+    steps=150,
     chance=3.14,
     optimizer=adam,
 )
@@ -55,7 +55,7 @@ PRE_LN = Setting(
     lambda: transformer(False),
     text_sampler(False, 8, CONTEXT),
     rate=0.01,
-    steps=200,
+    steps=150,
     chance=3.14,
     optimizer=adamw,
     clip=1.0,
