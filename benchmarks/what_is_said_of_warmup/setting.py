@@ -14,8 +14,10 @@ import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
@@ -101,13 +103,16 @@ def settings() -> list[Setting]:
     return found
 
 
-def main() -> None:
+def main(name: Annotated[list[str] | None, typer.Option(help="Only this setting; may be repeated.")] = None) -> None:
+    """Plain training at the setting's rate, and at half a decade to either side of it."""
     torch.set_num_threads(1)
     for setting in settings():
+        if name and setting.name not in name:
+            continue
         means = {
             rate: sum(setting.final(setting.train(seed, rate)) for seed in PICKED_ON) / len(PICKED_ON)
             for rate in RATES
-            if setting.rate / 11 < rate < setting.rate * 11
+            if setting.rate / 4 < rate < setting.rate * 4
         }
         best = min(means, key=means.__getitem__)
         rows = [{"rate": rate, "final loss": mean, "": "best" * (rate == best)} for rate, mean in means.items()]
@@ -117,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -37,7 +37,7 @@ TANH = Setting(
     "deep tanh",
     lambda: models.mlp([64, *[64] * 6, 10], "tanh"),
     digit_sampler(False, 32, 0.5),
-    rate=0.1,
+    rate=0.03162,
     steps=300,
     chance=math.log(10),
 )
@@ -45,7 +45,7 @@ POST_LN = Setting(
     "post-LN",
     lambda: transformer(True),
     text_sampler(False, 8, CONTEXT),
-    rate=0.01,
+    rate=0.00316,
     steps=150,
     chance=3.14,
     optimizer=adam,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.tasks.data import Batch
 from benchmarks.what_is_said_of_warmup import __main__ as command, collected, report
-from benchmarks.what_is_said_of_warmup.claim import HOLDS, NOT_HERE, REVERSE, Claim, interval, verdict
+from benchmarks.what_is_said_of_warmup.claim import HOLDS, NOT_HERE, REVERSE, Claim, Figures, interval, verdict
 from benchmarks.what_is_said_of_warmup.detectors import Found, SingleStage, TwoStage, average_precision, fields
 from benchmarks.what_is_said_of_warmup.dynamics import leaves_at_minus_one, steep_then_gentle
 from benchmarks.what_is_said_of_warmup.setting import Setting
-from benchmarks.what_is_said_of_warmup.signals import TANH, averages, saturated
+from benchmarks.what_is_said_of_warmup.signals import TANH, saturated, saturation
 
 # -- verdicts -----------------------------------------------------------------------------------------------------
 
@@ -42,8 +44,8 @@ def test_the_interval_is_students() -> None:
 # -- claims -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trial", [steep_then_gentle, averages])
-def test_a_trial_is_deterministic_in_its_seed(trial: collected.Callable) -> None:  # type: ignore[name-defined]
+@pytest.mark.parametrize("trial", [steep_then_gentle, saturation])
+def test_a_trial_is_deterministic_in_its_seed(trial: Callable[[int, bool], Figures]) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, again, other = trial(3, True), trial(3, True), trial(4, True)
@@ -57,22 +59,20 @@ def test_momentum_is_found_at_its_edges() -> None:
 
 
 def test_with_and_without_warmup_share_start_and_data_and_end_at_one_rate() -> None:
-    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    moved: dict[int, torch.Tensor] = {}
+    batches: dict[int, list[torch.Tensor]] = {0: [], 4: []}
+    weights: dict[int, list[torch.Tensor]] = {0: [], 4: []}
+    plain = Setting("", TANH.build, TANH.sample, 0.1, 3, 2.3, optimizer=torch.optim.SGD)
     for warmup in (0, 4):
-        weights: list[torch.Tensor] = []
 
-        def watch(
-            step: int, model: torch.nn.Module, batch: object, warmup: int = warmup, weights: list = weights
-        ) -> None:
-            weights.append(next(model.parameters()).detach().clone())
-            seen.setdefault(warmup, []).append(batch)  # type: ignore[arg-type]
+        def watch(step: int, model: torch.nn.Module, batch: Batch, warmup: int = warmup) -> None:
+            batches[warmup].append(batch[0])
+            weights[warmup].append(next(model.parameters()).detach().clone())
 
-        plain = Setting("", TANH.build, TANH.sample, 0.1, 3, 2.3, optimizer=torch.optim.SGD)
         plain.train(0, 0.1, warmup, watch=watch)
-        moved[warmup] = weights[1] - weights[0]
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(seen[0], seen[4], strict=True))
-    assert torch.allclose(4 * moved[4], moved[0], rtol=1e-3, atol=1e-7) and moved[0].abs().max() > 0
+    assert torch.equal(torch.stack(batches[0]), torch.stack(batches[4]))
+    assert torch.equal(weights[0][0], weights[4][0])
+    first, warmed = (weights[warmup][1] - weights[warmup][0] for warmup in (0, 4))
+    assert torch.allclose(4 * warmed, first, rtol=1e-3, atol=1e-7) and first.abs().max() > 0
 
 
 def test_units_are_saturated_where_they_are() -> None:
