@@ -54,7 +54,7 @@ PRE_LN = Setting(
     "pre-LN, clipped",
     lambda: transformer(False),
     text_sampler(False, 8, CONTEXT),
-    rate=0.01,
+    rate=0.00316,
     steps=150,
     chance=3.14,
     optimizer=adamw,
