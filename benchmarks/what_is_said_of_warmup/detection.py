@@ -12,9 +12,11 @@ from torch import Tensor
 from benchmarks.tasks.data import Batch, seeded
 from benchmarks.what_is_said_of_warmup.claim import Claim, Figures
 from benchmarks.what_is_said_of_warmup.detectors import SingleStage, TwoStage, average_precision, fields
-from benchmarks.what_is_said_of_warmup.setting import ABOVE, SHARE, Setting
+from benchmarks.what_is_said_of_warmup.setting import SHARE, Setting
 
 STEPS, LOOKS = 300, 4
+TIMES = 2.0
+"""The best plain rate; at three times it neither detector trains, warmed up or not."""
 
 
 @lru_cache
@@ -49,7 +51,7 @@ def early_precision(setting: Setting, seed: int, warmup: int, steps: int) -> flo
             usable = all(part.isfinite().all() for part in detected)
             found.append(average_precision(detected, truth) if usable else 0.0)
 
-    setting.train(seed, ABOVE * setting.rate, warmup, steps, watch)
+    setting.train(seed, TIMES * setting.rate, warmup, steps, watch)
     return float(np.sum(found)) / LOOKS
 
 
@@ -67,7 +69,7 @@ def gain(figures: Figures, name: str) -> float:
 
 
 TRIED = (
-    f"one to three digits in a field of 24 × 24, a small convolution, SGD momentum .9, {STEPS} steps at three times "
+    f"one to three digits in a field of 24 × 24, a small convolution, SGD momentum .9, {STEPS} steps at twice "
     f"each detector's best plain rate, warmup over {SHARE:.0%} of them and none; mean of four looks at held-out fields"
 )
 CLAIMS = (
