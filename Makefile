@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BENCHMARKS := replaces_tuned_warmup defaults_are_measured tracks_sharpness edge_of_stability costs_what_it_says \
-  published_recipes
+  published_recipes what_is_said_of_warmup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

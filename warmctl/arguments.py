@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from warmctl.chained import ChainedOptimizer
 from warmctl.checkpoint import LAYOUT
 from warmctl.curvature.operators import METHODS
 from warmctl.proxy import OptimizerProxy
@@ -18,8 +19,19 @@ from warmctl.warning import first_line
 AFTER = ("guard", "hold", "release")
 
 
-def wrapped(optimizer: Any, model: Any) -> None:
-    """Raise unless `optimizer` can be wrapped and holds parameters of `model`."""
+def wrapped(optimizer: Any, model: Any) -> Optimizer:
+    """The optimizer, of a list a chain. Raises unless it can be wrapped and holds parameters of `model`."""
+    if isinstance(optimizer, (list, tuple)):
+        optimizer = ChainedOptimizer(optimizer)
+    for member in getattr(optimizer, "members", [optimizer]):
+        _one(member)
+    _of_model(optimizer, model)
+    _saves_as_torch_does(optimizer)
+    return optimizer
+
+
+def _one(optimizer: Any) -> None:
+    """Raise unless this is an optimizer that can be wrapped."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; "
@@ -32,6 +44,10 @@ def wrapped(optimizer: Any, model: Any) -> None:
             "LBFGS chooses its own step length and evaluates its closure many times a step: there is no warmup to "
             "adapt. Use it without AdaptiveWarmup"
         )
+
+
+def _of_model(optimizer: Optimizer, model: Any) -> None:
+    """Raise unless it holds parameters of `model`, and they can be measured."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(group.get("lr") is None for group in optimizer.param_groups):
@@ -50,7 +66,6 @@ def wrapped(optimizer: Any, model: Any) -> None:
         raise ValueError("model has parameters on the meta device: materialise it (to_empty and load) before wrapping")
     if any(p.is_complex() for p in held):
         raise ValueError("model has complex parameters: curvature is defined for real ones; use torch.view_as_real")
-    _saves_as_torch_does(optimizer)
 
 
 def _saves_as_torch_does(optimizer: Optimizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class AdaptiveWarmup(OptimizerProxy):
     the layers' outputs by a bounded part, and it grows while the next gradients agree. Warmup ends by itself.
 
     Args:
-        optimizer: any but LBFGS. One without a registered update rule is measured along the updates that it makes.
+        optimizer: any but LBFGS, or several in a list. Without an update rule its own updates are measured along.
         model: the module whose parameters the optimizer holds; its buffers and modes are put back after probes.
         target: the stability ratio to stay below, in (0, 1.5].
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
@@ -77,7 +77,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         model: nn.Module,
         *,
         target: float = 0.8,
@@ -93,7 +93,7 @@ class AdaptiveWarmup(OptimizerProxy):
         seed: int = 0,
         skip_nonfinite: bool = False,
     ) -> None:
-        arguments.wrapped(optimizer, model)
+        optimizer = arguments.wrapped(optimizer, model)
         arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         super().__init__(optimizer)
         self.model, self.control, self.counts = model, control, Counts()

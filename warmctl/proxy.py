@@ -15,6 +15,16 @@ from torch.optim import Optimizer
 
 from warmctl.vectors import local
 
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""What torch keeps an optimizer's hooks in."""
+
 
 class OptimizerProxy(Optimizer):
     """An optimizer that hands everything on to `base`, bit for bit.
@@ -141,12 +151,5 @@ def _of_base(name: str) -> property:
 
 
 # Registered once, on whichever of the two, and fired once.
-for _name in (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-):
+for _name in HOOKS:
     setattr(OptimizerProxy, _name, _of_base(_name))

@@ -18,7 +18,8 @@ def all_or_nothing(optimizer: Optimizer, parts: Sequence[Saved], owners: Sequenc
     Nothing is copied but containers: tensors that the inside writes to in place, which torch's optimizers replace, stay
     written.
     """
-    attributes = [(thing, dict(vars(thing))) for thing in (optimizer, *owners)]
+    members = getattr(optimizer, "members", ())  # of a chain, which has nothing of its own
+    attributes = [(thing, dict(vars(thing))) for thing in (optimizer, *members, *owners)]
     containers = [optimizer.state, *optimizer.state.values(), *optimizer.param_groups]
     contents = [(container, dict(container)) for container in containers if isinstance(container, dict)]
     order = list(optimizer.param_groups)

@@ -39,6 +39,8 @@ TRAINED = [
 ]
 
 
+@pytest.mark.stack("DDP", "several processes")
+@pytest.mark.stack("FSDP2", "several processes")
 @pytest.mark.parametrize("name", TRAINED)
 def test_ranks_with_different_data_agree(results: dict[str, Ranks], name: str) -> None:
     """Identical decisions at every step, and identical weights at the end, to the last bit."""
@@ -73,6 +75,7 @@ def test_monitor_leaves_no_trace(results: dict[str, Ranks], name: str) -> None:
         assert found["equal"] and found["probes"] == 6 and not found["failures"]
 
 
+@pytest.mark.stack("FSDP2", "resume exact")
 def test_distributed_checkpoint_resumes_in_mid_warmup_bit_for_bit(results: dict[str, Ranks]) -> None:
     for found in ranks(results, "fsdp_checkpoint"):
         assert found["at_save"] == found["at_load"]

@@ -88,6 +88,7 @@ PHASES: dict[str, dict[str, Any]] = {
 OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Muon)
 
 
+@pytest.mark.stack("plain PyTorch", "resume exact")
 @pytest.mark.filterwarnings("ignore:warmctl:RuntimeWarning")
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("phase", PHASES)

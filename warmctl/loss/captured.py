@@ -1,12 +1,14 @@
 """The loss that a model returns itself (Hugging Face, nanoGPT), recorded by a forward hook.
 
 What is recorded: the arguments of the last training forward, the random state and the autocast mode before it. Nothing
-in the user's loop changes.
+in the user's loop changes. What makes the loss of the model's outputs elsewhere has it recorded by `computed`.
 """
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,10 +30,14 @@ from warmctl.vectors import Vector, add_, dense_gradient, wide
 
 NOT_CAPTURED = (
     "the model's own loss is not what is trained on: its gradient is not the gradient of the step. Give opt.step() a "
-    "closure, or call opt.backward(loss) in place of loss.backward()."
+    "closure, or call opt.backward(loss) in place of loss.backward(); in the Hugging Face Trainer, put "
+    "warmctl.integrations.transformers.WarmupTrainerMixin before it."
 )
 SCALED_BACK = 1e-3
 """Relative distance from the unscaled loss's gradient, at which that of the step was scaled and scaled back."""
+
+Call = tuple[Callable[..., Any], Any, Any, list[Any]]
+"""What is called again, its arguments, and the autocast modes."""
 
 
 def find_loss(output: Any) -> Tensor | None:
@@ -51,6 +57,17 @@ def find_loss(output: Any) -> Tensor | None:
     return scalars[0] if len(scalars) == 1 else None
 
 
+def _compiled_or_plain(model: nn.Module) -> list[nn.Module]:
+    """The other modules under which this one may be called, if anything is compiled in this process."""
+    if "torch._dynamo" not in sys.modules:
+        return []
+    from torch._dynamo import OptimizedModule
+
+    compiled = [thing for thing in gc.get_objects() if type(thing) is OptimizedModule]
+    twins = [m for m in compiled if m._orig_mod is model or getattr(m._orig_mod, "module", None) is model]
+    return [*twins, model._orig_mod] if isinstance(model, OptimizedModule) else [*twins]
+
+
 class ModelCapture:
     """Remembers the model's last training forward that returned a loss and was followed by a backward pass.
 
@@ -68,8 +85,10 @@ class ModelCapture:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list[Any] = []
+        self._heard: list[nn.Module] = []
         self.enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
         self.forwards = 0
+        self._hooked: list[tuple[weakref.ref[Tensor], Any]] | None = None
         self.clear()
 
     @property
@@ -81,14 +100,30 @@ class ModelCapture:
     def enabled(self, value: bool) -> None:
         self._enabled = value
         if value and not self._handles:
-            self._handles = [
-                self.model.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
-                self.model.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
-            ]
+            self._hear(self.model)
+            self.find_compiled()
+
+    def _hear(self, module: nn.Module) -> None:
+        self._heard.append(module)
+        self._handles += [
+            module.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
+            module.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
+        ]
+
+    def find_compiled(self) -> bool:
+        """Hear the module that `torch.compile` has made of this one, or the one that it was made of. True if it is new.
+
+        Hooks of a module inside compiled code are a part of its graph: they hear nothing.
+        """
+        found = [twin for twin in _compiled_or_plain(self.model) if not any(twin is heard for heard in self._heard)]
+        for twin in found:
+            self._hear(twin)
+        return bool(found)
 
     def remove(self) -> None:
         """Record no more forwards, until enabled again. They need not pass through hooks then."""
         self._enabled = False
+        self._heard = []
         while self._handles:
             self._handles.pop().remove()
 
@@ -100,9 +135,9 @@ class ModelCapture:
         self.weights: list[Tensor] = []
         self.loss: Tensor | None = None
         self.random_state: RandomState | None = None
-        self.last: tuple[tuple[Any, Any, list[Any]], RandomState] | None = None
-        self._call: tuple[Any, Any, list[Any]] | None = None
-        self._pending: tuple[tuple[Any, Any, list[Any]], RandomState] | None = None
+        self.last: tuple[Call, RandomState] | None = None
+        self._call: Call | None = None
+        self._pending: tuple[Call, RandomState] | None = None
 
     def closure(self) -> Callable[[], Tensor] | None:
         """Repeats the last forward and calls backward on its loss; None if nothing was recorded or trained on.
@@ -123,13 +158,31 @@ class ModelCapture:
 
         return closure
 
-    def again(self, call: tuple[Any, Any, list[Any]]) -> Any:
+    def again(self, call: Call) -> Any:
         """The model's output for the same arguments, in the same autocast mode."""
-        args, kwargs, autocast = call
+        function, args, kwargs, autocast = call
         with ExitStack() as stack:
             for context in autocast:
                 stack.enter_context(torch.autocast(**context))
-            return self.model(*args, **kwargs)
+            return function(*args, **kwargs)
+
+    def computed(self, compute: Callable[[], Any]) -> Any:
+        """The loss that `compute` makes of the model's outputs, which is recorded unless it is the model's own."""
+        if not self._recording:
+            return compute()
+        call, random_state = self._about_to_call(compute, (), {})
+        self._hooked = []
+        try:
+            loss = compute()
+        finally:
+            hooked, self._hooked = self._hooked, None
+        if any(own() is loss for own, _ in hooked):
+            return loss
+        for _, handle in hooked:
+            handle.remove()
+        self.forwards -= len(hooked)
+        self._record(loss, call, random_state)
+        return loss
 
     def weight(self) -> float:
         """The sum of `weights`, or 1 where a gradient scaler has multiplied them, now or at an earlier probe."""
@@ -137,29 +190,40 @@ class ModelCapture:
         self.scaled = self.scaled or total >= SCALED
         return 1.0 if self.scaled else total
 
-    def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.enabled or not torch.is_grad_enabled() or measuring(self.model.parameters()):
-            return
+    @property
+    def _recording(self) -> bool:
+        return self.enabled and torch.is_grad_enabled() and not measuring(self.model.parameters())
+
+    def _about_to_call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Call, RandomState]:
         devices = list(dict.fromkeys(p.device for p in self.model.parameters()))
         autocast = [
             {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": True}
             for kind in dict.fromkeys(["cpu", *(d.type for d in devices)])
             if torch.is_autocast_enabled(kind)
         ]
-        self._pending = (args, kwargs, autocast), RandomState(devices)
+        return (function, args, kwargs, autocast), RandomState(devices)
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._recording:
+            self._pending = self._about_to_call(module, args, kwargs)
 
     def _confirm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.enabled or self._pending is None:
             return
         self.last = call, random_state = self._pending
         self._pending = None
+        self._record(output, call, random_state)
+
+    def _record(self, output: Any, call: Call, random_state: RandomState) -> None:
         loss = find_loss(output)
         if loss is not None:
-            self.forwards, self.bare = self.forwards + 1, isinstance(output, Tensor)
+            self.forwards, self.bare = self.forwards + 1, output is loss and isinstance(call[0], nn.Module)
             value, hook = loss.detach(), _Hook(self, "_trained")
-            loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
+            handle = loss.register_hook(lambda gradient: hook(gradient, value, call, random_state))  # type: ignore[no-untyped-call]
+            if self._hooked is not None:
+                self._hooked.append((weakref.ref(loss), handle))
 
-    def _trained(self, gradient: Tensor, loss: Tensor, call: tuple[Any, Any, list[Any]], state: RandomState) -> None:
+    def _trained(self, gradient: Tensor, loss: Tensor, call: Call, state: RandomState) -> None:
         params = list(self.model.parameters())
         if self.enabled and not measuring(params):
             if self.weights and not distributed.is_sharded(params) and all(p.grad is None for p in params):

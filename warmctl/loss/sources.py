@@ -32,7 +32,11 @@ NOT_OBSERVED = (
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
   opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns it; or
   opt.backward(loss)     in place of loss.backward(); or
-  opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss)."""
+  opt.observe(batch)     before opt.step(), with AdaptiveWarmup(..., loss_fn=lambda model, batch: loss).
+In the Hugging Face Trainer: warmctl.integrations.transformers.WarmupTrainerMixin."""
+
+COMPILED_IN_PLACE = """
+The model was compiled in place, by model.compile(): a loss of its own cannot be seen. Use torch.compile(model)."""
 
 
 class Sources:
@@ -151,7 +155,10 @@ class Sources:
         A probe that has been made, or a batch that may be observed later, is worth waiting for.
         """
         if probes == 0 and self.observed.loss_fn is None:
-            raise RuntimeError(NO_SOURCE)
+            if self.captured.capture.find_compiled():  # since the wrapper was made: the next step will be heard
+                return
+            inside = any(m._compiled_call_impl is not None for m in self.captured.capture.model.modules())
+            raise RuntimeError(NO_SOURCE + (COMPILED_IN_PLACE if inside else ""))
         if probes == 0 and steps == OBSERVE_PATIENCE:
             warn(NOT_OBSERVED)
 

@@ -86,8 +86,6 @@ class EndSlope:
 
         Raises: ValueError for one that is not finite. Nothing is changed then.
         """
-        if self.followed != len(params):
-            return self.forget()
         saved = [*parts, *[None] * (len(params) - len(parts))]
         average = [
             None if a is None else local(a).to(local(p).device, _at_least_float32(p), copy=True)
@@ -96,6 +94,8 @@ class EndSlope:
         whole = [torch.zeros_like(local(p)) if a is None else a for a, p in zip(average, params, strict=True)]
         if not math.isfinite(inner_product(params)(whole, whole)):
             raise ValueError("warmctl_average is not finite in the checkpoint")
+        if self.followed != len(params):
+            return self.forget()
         self._params, self._average = list(params), average
         return None
 

@@ -156,7 +156,10 @@ class Meter:
         if self._update is not None:
             update = self._update
             found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
-            self._along_last_update = self._booked(found, params)
+            if found is None:  # nothing moved
+                self.counts.cost += update.cost if isinstance(update, RealisedUpdate) else 0.0
+            else:
+                self._along_last_update = self._booked(found, params)
 
     def look(self, params: list[Tensor], rate: float) -> None:
         """Look at the representations before an update at this applied rate, if its batch can be evaluated again."""

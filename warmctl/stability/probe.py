@@ -42,15 +42,18 @@ class RealisedUpdate:
     gradient: Vector
     cost: float
 
-    def measure(self, scale: float) -> Measurement:
+    def measure(self, scale: float) -> Measurement | None:
         """−½ ΔᵀHΔ / (gᵀΔ) over `scale`, with HΔ from the gradients at both ends.
 
         On a quadratic that is 1 − ΔL/(gᵀΔ), but a small step is not lost in the rounding of the loss. A constant
         factor on the loss does not matter. Undefined, and said so, where the update was not a descent direction.
+        None where nothing moved: the first steps of SOAP, and of RAdam without its schedule, only gather statistics.
         """
         params = self.replay.params
         inner = distributed.inner_product(params)
         update = add_([t.clone() for t in locals_of(params)], self.before, -1.0)
+        if inner(update, update) == 0.0:
+            return None
         slope = inner(self.gradient, update)
         if not slope < 0:
             return failed("the update does not descend the gradient of its batch")
@@ -160,10 +163,10 @@ class Prober:
 
         return self._guarded(begin, params)
 
-    def after_update(self, update: RealisedUpdate, scale: float) -> Measurement:
-        """The ratio along the update that was made at `scale`. Cost: 1 more."""
+    def after_update(self, update: RealisedUpdate, scale: float) -> Measurement | None:
+        """The ratio along the update that was made at `scale`; None if it moved nothing. Cost: 1 more."""
         found = self._guarded(lambda: update.measure(scale), update.replay.params)
-        return replace(found, cost=found.cost + update.cost)
+        return None if found is None else replace(found, cost=found.cost + update.cost)
 
     def look(self, params: list[Tensor]) -> float:
         """Look at the representations before the update; `changed` tells how far it has moved them. Returns the cost.
