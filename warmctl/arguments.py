@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from warmctl.chained import ChainedOptimizer
 from warmctl.checkpoint import LAYOUT
 from warmctl.curvature.operators import METHODS
+from warmctl.distributed import FLAT, check_layout
 from warmctl.proxy import OptimizerProxy
 from warmctl.stability.estimator import ESTIMATORS
 from warmctl.warning import first_line
@@ -32,6 +33,8 @@ def wrapped(optimizer: Any, model: Any) -> Optimizer:
 
 def _one(optimizer: Any) -> None:
     """Raise unless this is an optimizer that can be wrapped."""
+    if type(optimizer).__module__.startswith("deepspeed"):
+        raise TypeError(f"optimizer is DeepSpeed's {type(optimizer).__name__}: {FLAT.format('it holds')}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; "
@@ -53,6 +56,8 @@ def _of_model(optimizer: Optimizer, model: Any) -> None:
     if any(group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(f"every parameter group of {type(optimizer).__name__} must have an 'lr' to scale, not None")
     held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(getattr(p, "_fsdp_flattened", False) for p in held):
+        check_layout(model, held)
     owned = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in owned for p in held)
     if strangers:

@@ -18,9 +18,14 @@ from itertools import groupby
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from warmctl.vectors import Vector, dot, local, squares
+
+FLAT = (
+    "{} the parameters in flat shards, which are not those of the model: no curvature can be measured there. Use FSDP2 "
+    "(torch.distributed.fsdp.fully_shard, then AdaptiveWarmup; in Accelerate fsdp_version 2) or DDP"
+)
 
 
 def world_size() -> int:
@@ -30,6 +35,16 @@ def world_size() -> int:
 def is_sharded(params: Sequence[Tensor]) -> bool:
     """Whether a parameter is a DTensor, as under FSDP2 or tensor parallelism."""
     return any(hasattr(p, "_local_tensor") for p in params)
+
+
+def check_layout(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where the optimizer holds flat shards in place of the model's own parameters."""
+    own = {id(p) for p in model.parameters()}
+    flat = any(getattr(p, "_fsdp_flattened", False) for p in params)  # torch's own mark
+    if flat or not {id(p) for p in params} <= own:
+        raise RuntimeError(
+            FLAT.format("FSDP1 (FullyShardedDataParallel) holds" if flat else "DeepSpeed, or the like, holds")
+        )
 
 
 class OnAnotherRank(RuntimeError):

@@ -159,7 +159,7 @@ class AdaptiveWarmup(OptimizerProxy):
                     self._decide(self.sources.loss)
                 result: Any = self.sources.nonfinite.step(self.base.step)
             else:  # the base calls it before it reads its rates; the first call runs `_decide`
-                live = None if self.phase == "done" else self._backward_on_graph  # None: it is not watched either
+                live = None if self.phase == "done" else self.backward_on_graph  # None: it is not watched either
                 result = self.sources.nonfinite.step(self.base.step, self.sources.deciding(closure, self._decide, live))
             self.meter.after_update(self._applied_scale, self.sources.params)  # if `read` has asked for it
             self.controller.changed(*self.meter.changed())
@@ -212,7 +212,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self._rates.scale(self.param_groups, self._followers.decided(self.controller.applied, self.phase, False))
         self._made = Made("", None if loss is None or loss.device.type != "cpu" else float(loss))
 
-    def _backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
+    def backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
         self.sources.graph.begin_pass(loss, self.has_gradient)
         if self.phase != "done" and largest_rate(self.param_groups) > 0.0:
@@ -243,7 +243,7 @@ class AdaptiveWarmup(OptimizerProxy):
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
         arguments.loss(loss)
         plain: Callable[[], None] = loss.backward
-        plain() if self.sources.in_closure else self._backward_on_graph(loss, plain)  # `step` sees to a closure's
+        plain() if self.sources.in_closure else self.backward_on_graph(loss, plain)  # `step` sees to a closure's
 
     def observe(self, batch: Any) -> None:
         """Give the mini-batch that a probe at the next `step` is measured on, through `loss_fn(model, batch)`."""

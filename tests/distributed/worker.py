@@ -47,7 +47,9 @@ class Regressor(nn.Module):
         )
         self.spare = nn.Linear(3, 3) if unused else None
 
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        if y is None:
+            return {"prediction": self.body(x)}
         return {"loss": nn.functional.mse_loss(self.body(x), y)}
 
 
@@ -251,6 +253,77 @@ def fsdp_closure() -> dict[str, Any]:
 @check
 def fsdp_captured() -> dict[str, Any]:
     return fsdp("captured")
+
+
+@check
+def fsdp_backward() -> dict[str, Any]:
+    """The loss outside of the model, on its graph alone: measured along the update, with the next gradient."""
+    model = shard(build())
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=8.0, momentum=0.9), model)
+    for step in range(80):
+        x, y = own(step % 4)
+        opt.zero_grad()
+        opt.backward(nn.functional.mse_loss(Body(model)(x), y))
+        opt.step()
+    rows = list(opt.history)
+    return {
+        "scales": [row["scale"] for row in rows],
+        "losses": [row["loss"] for row in rows],
+        "probes": opt.metrics["probes"],
+        "failures": [row["reason"] for row in rows if "failed" in row["reason"]],
+    }
+
+
+class Body:
+    """The model's output alone, through the module that gathers its shards."""
+
+    def __init__(self, model: Regressor) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output: Tensor = self.model(x, None)["prediction"]
+        return output
+
+
+@check
+def fsdp1() -> dict[str, Any]:
+    """Refused, whichever comes first."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    said = []
+    for original in (False, True):
+        outer = FullyShardedDataParallel(build(), use_orig_params=original, device_id=torch.device("cpu"))
+        try:
+            AdaptiveWarmup(torch.optim.SGD(outer.parameters(), lr=0.1), outer)
+        except RuntimeError as error:
+            said.append(str(error))
+    model = build()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    outer = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    outer(*own(0))["loss"].backward()
+    try:
+        opt.step()
+    except RuntimeError as error:
+        said.append(str(error))
+    return {"said": said}
+
+
+@check
+def tensor_parallel() -> dict[str, Any]:
+    """Both ranks see the whole batch; the layers are split between them."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = build()
+    expected = truth(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"body.0": ColwiseParallel(), "body.2": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    opt = wrap(model, model)
+    for step in range(STEPS):
+        opt.zero_grad()
+        model(*batch(step))["loss"].backward()
+        opt.step()
+    return seen(model, opt, expected)
 
 
 @check

@@ -114,9 +114,11 @@ def test_the_first_ratio_against_the_dense_hessian() -> None:
     names, params = zip(*model.named_parameters(), strict=True)
     shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
 
+    rows = batch(0)
+
     def loss(flat: Tensor) -> Any:
         parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-        return functional_call(model, dict(zip(names, parts, strict=True)), batch(0))["loss"]
+        return functional_call(model, dict(zip(names, parts, strict=True)), rows)["loss"]
 
     flat = weights(model)
     grads = dict(zip(params, torch.autograd.grad(model(*batch(0))["loss"], params), strict=True))

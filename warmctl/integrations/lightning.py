@@ -16,7 +16,10 @@ try:
 except ImportError as error:
     raise ImportError("warmctl.integrations.lightning needs lightning: pip install 'warmctl[lightning]'") from error
 
+from torch import Tensor
+
 from warmctl.integrations import scalars, unwrap
+from warmctl.loss.backward import graph_nodes
 
 
 class WarmupLogger(Callback):
@@ -24,11 +27,22 @@ class WarmupLogger(Callback):
 
     A probe runs training_step again. Without this callback what it logs then counts too: epoch means
     and torchmetrics take in the batches of probes. Training itself is the same with and without.
+
+    In manual optimization it shows the wrappers the losses that `manual_backward` is given, each to those whose
+    parameters it depends on: `opt.step()` needs no closure then.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
             unwrap(optimizer).meter.prober.around = partial(_nothing_logged, trainer, pl_module)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if pl_module.automatic_optimization:
+            return
+        leaves = {id(node.variable) for node in graph_nodes([loss]) if hasattr(node, "variable")}
+        for optimizer in map(unwrap, trainer.optimizers):
+            if any(id(p) in leaves for p in optimizer.trainable):
+                optimizer.backward_on_graph(loss, lambda: None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         for index, optimizer in enumerate(trainer.optimizers):

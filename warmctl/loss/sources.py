@@ -61,7 +61,7 @@ class Sources:
         self.captured = CapturedSource(model, self.verdict, self.watch)
         self.graph = LiveGraph()
         self.nonfinite = NonfiniteSteps(skip_nonfinite)
-        self.in_closure = False
+        self.in_closure = self._checked = False
 
     def in_order(self) -> tuple[Source, ...]:
         """Of those that can be evaluated again; the live graph comes last, where none of them is ready."""
@@ -170,7 +170,11 @@ class Sources:
     def follow(self, params: list[Tensor]) -> bool:
         """Watch these from now on. True if there is one that was not there before: thawed or added."""
         before = self.watch.params
-        if len(params) == len(before) and all(map(operator.is_, params, before)):
+        same = len(params) == len(before) and all(map(operator.is_, params, before))
+        if not (same and self._checked):
+            distributed.check_layout(self.captured.capture.model, params)
+            self._checked = True
+        if same:
             return False
         self.watch.follow(params)
         return not {id(p) for p in params} <= {id(p) for p in before}

@@ -21,10 +21,10 @@ from warmctl.loss.source import NEVER, TRIES
 from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
-from warmctl.stability.probe import Prober, RealisedUpdate
+from warmctl.stability.probe import Prober, RealisedUpdate, UpdateMade
 from warmctl.stability.update_rules import update_rule
 from warmctl.state import Allowed, Counts, check
-from warmctl.vectors import locals_of
+from warmctl.vectors import Vector, locals_of
 from warmctl.warning import warn
 
 NO_RULE = (
@@ -40,9 +40,10 @@ SILENT = (
     "schedule: {cause}"
 )
 NO_BACKWARD_IN_CLOSURE = (
-    "opt.step() gets a closure that calls no backward, as from Lightning's manual optimization. Call opt.step(closure) "
-    "with one that computes the loss, calls backward and returns it, or give AdaptiveWarmup a loss_fn and call "
-    "opt.observe(batch) on the wrapper before opt.step()"
+    "opt.step() gets a closure that calls no backward, as from Lightning's manual optimization. There use "
+    "self.manual_backward(loss) and Trainer(callbacks=[WarmupLogger()]); or call opt.step(closure) with one that "
+    "computes the loss, calls backward and returns it, or give AdaptiveWarmup a loss_fn and call opt.observe(batch) on "
+    "the wrapper before opt.step()"
 )
 NOT_AGAIN = (
     "the loss of an earlier step was given to opt.backward(loss) or opt.step(closure), that of these steps was not. "
@@ -51,11 +52,12 @@ NOT_AGAIN = (
 
 
 class Meter:
-    """Measures when asked to, and remembers what it found. A reading comes about in one of three ways:
+    """Measures when asked to, and remembers what it found. A reading comes about in one of four ways:
 
         a loss that can be evaluated again    read: at once
         the live graph of `backward(loss)`    before_backward measures, read returns it
         no update rule                        read begins, after_update measures, the next read returns it
+        shards, and `backward(loss)` alone    read begins, the next read measures with its gradient
 
     Args:
         optimizer: the wrapped one, read only.
@@ -90,6 +92,8 @@ class Meter:
         self._on_graph: Measurement | None = None
         self._update: RealisedUpdate | Measurement | None = None
         self._along_last_update: Measurement | None = None
+        self._before: Vector | None = None
+        self._made: UpdateMade | None = None
         self._rate = math.nan  # of the last update measured along
         self._said: set[str] = set()
         self._missed = 0  # steps in a row at which a probe was due, and nothing to measure on
@@ -101,7 +105,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forget what was measured."""
-        self.estimator.vector = self.last = self._along_last_update = None
+        self.estimator.vector = self.last = self._along_last_update = self._made = None
         self.representation_change = math.nan
 
     @property
@@ -133,6 +137,11 @@ class Meter:
         """
         if self._on_graph is not None:
             return self._booked(self._on_graph.times(self.sources.graph.passes), params)
+        if self._on_graph_of_shards(params):
+            found = self._measured_by_next(rate, params)
+            if due and (found is None or each_step):
+                self._before, self._rate = [t.clone() for t in locals_of(params)], rate
+            return found
         self._missed += bool(due)
         if self._missed >= SILENT_STEPS:
             self._say_silent(scale)
@@ -148,11 +157,14 @@ class Meter:
 
     def before_backward(self, loss: Tensor, params: list[Tensor]) -> None:
         """Measure on the graph of `loss`, if that was asked for and nothing can be evaluated again."""
-        if self.sources.graph.due and self.rule is not None and not self.sources.expected:
+        sharded = distributed.is_sharded(params)
+        if self.sources.graph.due and self.rule is not None and not self.sources.expected and not sharded:
             self._on_graph = self.prober.on_graph(loss, params, self._probe_seed())
 
     def after_update(self, scale: float, params: list[Tensor]) -> None:
         """The update was made, at `scale`: for a rule that is not known the next reading is along it."""
+        if self._before is not None:
+            self._made, self._before = UpdateMade.since(self._before, params, max(scale, 1e-12)), None
         if self._update is not None:
             update = self._update
             found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
@@ -181,7 +193,7 @@ class Meter:
     def next_step(self) -> bool:
         """Whether this step was measured on its graph, which is forgotten."""
         measured = self._on_graph is not None
-        self._update = self._on_graph = self._look_rate = None
+        self._update = self._on_graph = self._look_rate = self._before = None
         return measured
 
     @property
@@ -221,6 +233,17 @@ class Meter:
         """The reading along the last update, as it would be at this rate."""
         found, self._along_last_update = self._along_last_update, None
         return None if found is None else replace(found, ratio=found.ratio * rate / self._rate)
+
+    def _on_graph_of_shards(self, params: list[Tensor]) -> bool:
+        """The loss is known by its graph alone, and double backward does not go through sharded modules."""
+        return self.sources.graph.passes > 0 and not self.sources.ready and distributed.is_sharded(params)
+
+    def _measured_by_next(self, rate: float, params: list[Tensor]) -> Measurement | None:
+        made, self._made = self._made, None
+        if made is None or [u.shape for u in made.update] != [t.shape for t in locals_of(params)]:
+            return None
+        found = made.measure(params)
+        return self._booked(replace(found, ratio=found.ratio * rate / self._rate), params)
 
     def _begin_update(self, params: list[Tensor], rate: float) -> None:
         if self.sources.verdict.repeats != NEVER and not self.sources.ready:
@@ -282,4 +305,4 @@ class Meter:
         self._along_last_update = Measurement.from_values(values[half:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_update": None}
+        return {**self.__dict__, "_update": None, "_before": None}

@@ -64,6 +64,35 @@ class RealisedUpdate:
         return Measurement(-0.5 * bend / slope / scale, 0.0, bend / inner(update, update), math.nan, 0, 1.0)
 
 
+@dataclass(frozen=True)
+class UpdateMade:
+    """An update whose loss cannot be evaluated again; it is measured with the gradient of the next batch.
+
+    On average over batches that is the gradient at the end of the update. The noise of the batch that made the update
+    counts as curvature, for half of the edge at most.
+    """
+
+    update: Vector
+    slope: float
+    scale: float
+
+    @staticmethod
+    def since(before: Vector, params: list[Tensor], scale: float) -> UpdateMade:
+        """From the parameters before it; `.grad` still holds the gradient that made it."""
+        update = add_(list(torch._foreach_neg(before)), locals_of(params))
+        slope = distributed.inner_product(params)([dense_gradient(p) for p in params], update)
+        return UpdateMade(update, slope, scale)
+
+    def measure(self, params: list[Tensor]) -> Measurement:
+        """With the next gradient in `.grad`; see `RealisedUpdate.measure`. Cost: none."""
+        if not self.slope < 0:
+            return failed("the update does not descend the gradient of its batch")
+        inner = distributed.inner_product(params)
+        bend = inner([dense_gradient(p) for p in params], self.update) - self.slope
+        curvature = bend / inner(self.update, self.update)
+        return Measurement(-0.5 * bend / self.slope / self.scale, 0.0, curvature, math.nan, 0, 0.0)
+
+
 class Prober:
     """Measures on the loss that the sources have for the coming step.
 
