@@ -37,7 +37,8 @@ PARALLEL = "DDP", "FSDP2"
 RANKS, WIDTH = 2, 970
 COLUMNS = {
     "parallel": "{}", "parameters": "{:,}", "bare ms": "{:.0f}", "probe in evaluations": "{:.1f}",
-    "probe in steps": "{:.2f}", "step without probe %": "{:+.1f}", "bare vectors": "{:.1f}", "added in a probe": "{:.2f}",
+    "probe in steps": "{:.2f}", "step without probe %": "{:+.1f}", "bare vectors": "{:.1f}",
+    "added in a probe": "{:.2f}",
 }  # fmt: skip
 
 
