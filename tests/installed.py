@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,7 @@ def closure_of(model: nn.Module, opt: warmctl.AdaptiveWarmup) -> Callable[[], Te
 
 
 def main() -> None:
+    warnings.filterwarnings("error", message="warmctl")  # a probe that fails
     here = Path(warmctl.__file__).parent
     assert "site-packages" in here.parts, f"{here} is a checkout"
     assert (here / "py.typed").exists() and warmctl.__version__ == version("warmctl")

@@ -1,4 +1,4 @@
-"""Parameter groups as timm and torchtitan build them: no decay for some, a rate of its own for each layer or pattern."""
+"""Parameter groups as timm and torchtitan build them: no decay for some, a rate for each layer or pattern."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ TRIED = [
     Tried("", "schedulefree.SGDScheduleFree", {"lr": 1.0}, RULE, MODES),
     Tried("", "schedulefree.RAdamScheduleFree", {"lr": 3e-2}, note=MODES),
     Tried("Prodigy", "prodigyopt.Prodigy", {"lr": 1.0}, note=ADAPTS),
-    Tried("D-adaptation", "dadaptation.DAdaptAdam", {"lr": 1.0}, note=ADAPTS),
+    Tried("D-adaptation", "dadaptation.DAdaptAdam", {"lr": 1.0, "d0": 1e-3}, note=ADAPTS),
     Tried("", "dadaptation.DAdaptSGD", {"lr": 1.0}, note=ADAPTS),
     Tried("Lion", "lion_pytorch.Lion", {"lr": 2e-3}),
     Tried("Muon", "torch.optim.Muon", {"lr": 2e-2}, note="matrices only"),
