@@ -10,6 +10,7 @@ batches over warmups. The figure is the loss on held-out rows. Takes a minute; n
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def trained(size: int, warmup: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(SEEDS, WIDTHS[0], WIDTHS[-1], generator=generator)
     params = []
-    for into, out in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
+    for into, out in pairwise(WIDTHS):
         bound = 1 / math.sqrt(into)
         params += [torch.empty(SEEDS, n, out).uniform_(-bound, bound, generator=generator) for n in (into, 1)]
     held_out = rows(generator, teacher, 2048)
