@@ -124,12 +124,12 @@ def _part(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) 
 
 def _matmul(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
     """Of A B in each of the leading places: ‖B‖ for A, ‖A‖ for B, the more where one stands for several places."""
-    a, b = node.args[:2]
-    if len(node.args) != 2 or any(not isinstance(n, fx.Node) or values[n].dim() < 2 for n in (a, b)):
+    args: Any = node.args
+    if len(args) != 2 or any(not isinstance(n, fx.Node) or values[n].dim() < 2 for n in args):
         raise Doubt("the bound does not compose through a product with a vector")
     places = values[node].shape[:-2].numel()
     gains: Gains = {}
-    for arg, other in ((a, b), (b, a)):
+    for arg, other in (args, args[::-1]):
         if arg in sources:
             factor = float(torch.linalg.matrix_norm(wide(values[other].detach()), 2).max())
             spread = math.sqrt(places / values[arg].shape[:-2].numel())

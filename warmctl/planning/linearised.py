@@ -52,7 +52,7 @@ def jacobian_norms(node: fx.Node, values: Mapping[fx.Node, Any], module: nn.Modu
         sizes = [tensor.numel() for tensor in at.values()]
 
         def along(flat: Tensor) -> Tensor:
-            parts = {p: v.view_as(at[p]) for p, v in zip(at, flat.split(sizes), strict=True)}
+            parts = {p: v.view_as(at[p]) for p, v in zip(at, flat.split_with_sizes(sizes), strict=True)}
             product: Tensor = jvp(output, (at,), (parts,))[1]
             return product
 

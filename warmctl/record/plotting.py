@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RATIO, RATE = "stability ratio", "learning rate"
-PANELS = {
+PANELS: dict[str, Callable[[Axes, list[NamedRun]], None]] = {
     "loss": draw_loss,
     RATIO: draw_ratio,
     "representation change": draw_change,
