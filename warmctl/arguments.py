@@ -22,13 +22,12 @@ AFTER = ("guard", "hold", "release")
 
 def wrapped(optimizer: Any, model: Any) -> Optimizer:
     """The optimizer, of a list a chain. Raises unless it can be wrapped and holds parameters of `model`."""
-    if isinstance(optimizer, (list, tuple)):
-        optimizer = ChainedOptimizer(optimizer)
-    for member in getattr(optimizer, "members", [optimizer]):
+    whole: Optimizer = ChainedOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
+    for member in getattr(whole, "members", [whole]):
         _one(member)
-    _of_model(optimizer, model)
-    _saves_as_torch_does(optimizer)
-    return optimizer
+    _of_model(whole, model)
+    _saves_as_torch_does(whole)
+    return whole
 
 
 def _one(optimizer: Any) -> None:

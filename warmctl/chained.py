@@ -58,7 +58,7 @@ class ChainedOptimizer(Optimizer):
         return next(member for member in self.members if any(own is group for own in member.param_groups))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
