@@ -10,9 +10,8 @@ run on the seeds that are reported; the rate of claim 6 was lowered after two of
 where the 95 % interval of the mean effect lies above the margin, *the reverse* holds where it lies below minus the
 margin, and else the claim *does not* show *at this size*, which is no proof against it.
 
-With and
-without warmup have one initialisation, one order of data and one peak rate; that rate is picked once for a setting by
-a rule stated with it, and for all seeds.
+With and without warmup have one initialisation, one order of data and one peak rate; that rate is picked once for a
+setting by a rule stated with it, and for all seeds.
 
 Claims are in the modules beside this file that have `CLAIMS`; a row is measured again when its module has changed.
 """
