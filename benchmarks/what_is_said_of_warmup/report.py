@@ -64,7 +64,7 @@ def renew(page: Path, found: Iterable[Row]) -> None:
 
 def draw(found: Sequence[Row], path: Path) -> None:
     """Effects in margins, an interval and the seeds each; linear to one margin, logarithmic beyond."""
-    figure, ((ax,),) = style.panels(1, 1, (10, 0.3 * len(found) + 1.3))
+    figure, ((ax,),) = style.panels(1, 1, (12, 0.28 * len(found) + 1.3))
     ax.axvspan(-1, 1, color=style.BLACK, alpha=0.06, lw=0, label="within the margin")
     ax.axvline(0.0, color=style.INK, lw=0.8)
     for height, line in enumerate(found):
@@ -79,7 +79,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
     ax.grid(True, axis="x", color=style.PALE, linewidth=0.6)
-    ax.set_xlabel("effect in margins: right of the grey band the claim holds, left of it the reverse")
+    ax.set_xlabel("effect in margins; to the right: as claimed")
     style.legend_below(figure, style.by_label([ax]), columns=5)
     style.save(figure, path, dpi=130)
 
