@@ -113,3 +113,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_a_failure_on_both(results: dic
     first, second = ranks(results, "nan_on_one_rank")
     assert first["decisions"] == second["decisions"]
     assert not first["probed"] and not second["probed"]
+
+
+def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks]) -> None:
+    """It stayed at 1 %: double backward does not go through sharded modules."""
+    first, second = ranks(results, "fsdp_backward")
+    assert first["scales"] == second["scales"] and first["probes"] > 5 and not first["failures"]
+    assert 0.02 <= max(first["scales"]) < 0.5  # at a rate that is far too high
+    assert max(first["losses"][-4:]) < 0.3 * first["losses"][0]
+
+
+def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
+    for found in ranks(results, "fsdp1"):
+        assert len(found["said"]) == 3
+        assert all("FSDP1" in words and "FSDP2" in words and "DDP" in words for words in found["said"])
