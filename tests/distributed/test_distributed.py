@@ -106,3 +106,15 @@ def test_a_rank_may_run_out_of_batches_after_warmup_alone(results: dict[str, Ran
     first, second = ranks(results, "join_after_warmup")
     assert first["phase"] == second["phase"] == "done" and (first["steps"], second["steps"]) == (5, 6)
     assert first["weights"] == second["weights"]
+def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks]) -> None:
+    """It stayed at 1 %: double backward does not go through sharded modules."""
+    first, second = ranks(results, "fsdp_backward")
+    assert first["scales"] == second["scales"] and first["probes"] > 5 and not first["failures"]
+    assert 0.02 <= max(first["scales"]) < 0.5  # at a rate that is far too high
+    assert max(first["losses"][-4:]) < 0.3 * first["losses"][0]
+
+
+def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
+    for found in ranks(results, "fsdp1"):
+        assert len(found["said"]) == 3
+        assert all("FSDP1" in words and "FSDP2" in words and "DDP" in words for words in found["said"])

@@ -18,7 +18,10 @@ from warmctl import AdaptiveWarmup
 
 pl = pytest.importorskip("lightning.pytorch")
 
-WAYS = ["step(closure)", "observe(batch)", "backward(loss)"]
+from warmctl.integrations.lightning import WarmupLogger  # noqa: E402
+
+LOGGED = "step(), with WarmupLogger"
+WAYS = ["step(closure)", "observe(batch)", "backward(loss)", LOGGED]
 pytestmark = pytest.mark.filterwarnings("ignore:.*num_workers", "ignore:.*LeafSpec", "ignore:.*isinstance")
 
 
@@ -72,7 +75,7 @@ class Manual(pl.LightningModule):  # type: ignore[misc,name-defined]
         opt.step()
 
 
-def fit(model: Manual, steps: int) -> list[str]:
+def fit(model: Any, steps: int) -> list[str]:
     """What warmctl said meanwhile."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(48, 6, generator=generator)
@@ -81,6 +84,7 @@ def fit(model: Manual, steps: int) -> list[str]:
         warnings.simplefilter("always")
         trainer = pl.Trainer(
             max_steps=steps,
+            callbacks=[WarmupLogger()] if getattr(model, "way", LOGGED) == LOGGED and model.wrapped else [],
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
@@ -120,3 +124,53 @@ def test_plain_steps_cannot_be_measured_and_that_is_said_once() -> None:
 
 def test_plain_steps_before_fifty_of_them_say_nothing() -> None:
     assert not fit(Manual("step()"), 49)
+
+
+class Gan(pl.LightningModule):  # type: ignore[misc,name-defined]
+    """Two optimizers by turns, as in Lightning's documentation; the generator's loss goes through both nets."""
+
+    def __init__(self, toggled: bool, *, wrapped: bool = True, lr: float = 0.05, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.toggled, self.wrapped, self.lr, self.options = toggled, wrapped, lr, options
+        self.both: list[Any] = []
+
+    def configure_optimizers(self) -> Any:
+        self.both = [torch.optim.Adam(net.parameters(), self.lr) for net in (self.generator, self.critic)]
+        if self.wrapped:
+            self.both = [AdaptiveWarmup(base, self, **self.options) for base in self.both]
+        return self.both, []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        real = batch[0]
+        for index, opt in enumerate(self.optimizers()):  # type: ignore[arg-type, no-untyped-call]
+            if self.toggled:
+                self.toggle_optimizer(opt)  # type: ignore[no-untyped-call]
+            fake = self.generator(torch.randn(len(real), 3))
+            if index == 0:
+                loss = F.softplus(-self.critic(fake)).mean()
+            else:
+                loss = F.softplus(self.critic(fake.detach())).mean() + F.softplus(-self.critic(real)).mean()
+            opt.zero_grad()
+            self.manual_backward(loss)  # type: ignore[no-untyped-call]
+            opt.step()
+            if self.toggled:
+                self.untoggle_optimizer(opt)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("toggled", [True, False])
+def test_a_gan_with_two_optimizers(toggled: bool) -> None:
+    """Each measured on its own loss, and monitored the training is that without the wrappers."""
+    model, bare = Gan(toggled, control=False, every=1), Gan(toggled, wrapped=False)
+    for m in (model, bare):
+        torch.manual_seed(1)
+        assert not fit(m, 12)  # of both together
+    assert_same(weights(model), weights(bare))
+    for opt in model.both:
+        assert opt.metrics["step"] == 6 and opt.metrics["probes"] >= 3 and not failures(list(opt.history))
+    controlled = Gan(toggled, lr=3.0)
+    assert not fit(controlled, 40)
+    assert all(0.0 < opt.metrics["scale"] < 0.5 and opt.metrics["probes"] >= 2 for opt in controlled.both)
