@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.integrations.third_party import ALONG, RULE, TRIED, Tried, table
+from tests.integrations.third_party import ALONG, PAGE, RULE, TRIED, Tried, written
 from warmctl import AdaptiveWarmup
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "optimizers.md"
-STEPS, SAVED_AT, RESUMED = 200, 15, 25
+SAVED_AT, RESUMED = 15, 25
 BEHIND = 0.1
-"""Part of what the bare optimizer takes off the loss that the wrapped one may lack after `STEPS` steps."""
+"""Part of what the bare optimizer takes off the loss that the wrapped one may lack at the end."""
 
 _generator = torch.Generator().manual_seed(1)
 X = torch.randn(2048, 16, generator=_generator)
@@ -73,7 +71,7 @@ def test_an_optimizer_trains_as_bare_and_resumes(tried: Tried) -> None:
         warnings.filterwarnings("error", message="warmctl")  # a probe that fails
         bare = net()
         optimizer = tried.make(bare.parameters())
-        train(tried, bare, optimizer, range(STEPS))
+        train(tried, bare, optimizer, range(tried.steps))
         model, opt = wrap(tried)
         assert (RULE if opt.meter.rule else ALONG) == tried.measured
         train(tried, model, opt, range(SAVED_AT))
@@ -81,7 +79,7 @@ def test_an_optimizer_trains_as_bare_and_resumes(tried: Tried) -> None:
         torch.save((model.state_dict(), opt.state_dict()), file)
         train(tried, model, opt, range(SAVED_AT, RESUMED))
         unbroken = [p.detach().clone() for p in model.parameters()]
-        train(tried, model, opt, range(RESUMED, STEPS))
+        train(tried, model, opt, range(RESUMED, tried.steps))
         assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
         assert opt.metrics["probes"] > 1 and opt.phase != "warmup"
         start, reached, ours = loss_of(net()), evaluated(bare, optimizer), evaluated(model, opt)
@@ -108,9 +106,10 @@ def test_one_that_is_refused_is_told_why_and_takes_the_wrapper(tried: Tried) -> 
     from pytorch_optimizer import Lookahead  # type: ignore[import-untyped]
 
     start = loss_of(model)
-    train(tried, model, Lookahead(inner), range(STEPS))
-    assert inner.metrics["step"] == STEPS and inner.phase != "warmup" and loss_of(model) < 0.5 * start
+    train(tried, model, Lookahead(inner), range(tried.steps))
+    assert inner.metrics["step"] == tried.steps and inner.phase != "warmup" and loss_of(model) < 0.5 * start
 
 
 def test_the_page_has_the_table() -> None:
-    assert table() in PAGE.read_text()
+    page = PAGE.read_text()
+    assert written(page) == page, "run python -m tests.integrations.third_party"

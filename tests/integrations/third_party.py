@@ -1,4 +1,7 @@
-"""Optimizers from other packages: how each is made and at which rate it trains here, and what the docs say of it."""
+"""Optimizers from other packages: how each is made and at which rate it trains here, and what the docs say of it.
+
+`python -m tests.integrations.third_party` writes the table into its page.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ class Tried:
         refused: what the error says, where it cannot be wrapped.
         inside: the optimizer that a wrapper of optimizers is given, as its second argument or in place of parameters.
         calls_first: whether the closure is called before it is given to `step`.
+        steps: after which they are compared; more where the bare optimizer is slow to find its rate.
         around: a context that its steps need here.
     """
 
@@ -38,6 +43,7 @@ class Tried:
     refused: str = ""
     inside: Callable[..., Optimizer] | None = None
     calls_first: bool = False
+    steps: int = 200
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -78,7 +84,7 @@ TRIED = [
     Tried("", "schedulefree.SGDScheduleFree", {"lr": 1.0}, RULE, MODES),
     Tried("", "schedulefree.RAdamScheduleFree", {"lr": 3e-2}, note=MODES),
     Tried("Prodigy", "prodigyopt.Prodigy", {"lr": 1.0}, note=ADAPTS),
-    Tried("D-adaptation", "dadaptation.DAdaptAdam", {"lr": 1.0, "d0": 1e-3}, note=ADAPTS),
+    Tried("D-adaptation", "dadaptation.DAdaptAdam", {"lr": 1.0}, note=ADAPTS, steps=400),
     Tried("", "dadaptation.DAdaptSGD", {"lr": 1.0}, note=ADAPTS),
     Tried("Lion", "lion_pytorch.Lion", {"lr": 2e-3}),
     Tried("Muon", "torch.optim.Muon", {"lr": 2e-2}, note="matrices only"),
@@ -118,3 +124,17 @@ HEADER = "| optimizer | tried | | measured by | level with bare | resumes | note
 
 def table() -> str:
     return "\n".join([HEADER, *(tried.row for tried in TRIED)])
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "optimizers.md"
+BEGIN, END = "<!-- tried: python -m tests.integrations.third_party -->\n\n", "\n\n<!-- end of tried -->"
+
+
+def written(page: str) -> str:
+    """The page with the table as it is now."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
