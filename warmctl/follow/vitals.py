@@ -51,10 +51,10 @@ class Vitals:
     Cost: hooks are there only in the sampled step, see docs/during.md for figures. Memory: 16 KiB a layer from the step
     before a sample to the sample; nothing else is kept.
 
-        >>> opt = AdaptiveWarmup(optimizer, model).follow(Vitals(model, every=10))
-        >>> train(opt)
-        >>> opt.metrics["vitals/1/saturated"] < 0.5, opt.metrics["vitals/clipped"]
-        (True, 0.0)
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(Vitals(model, every=10))
+    >>> train(opt)
+    >>> opt.metrics["vitals/1/saturated"] < 0.5, opt.metrics["vitals/clipped"]
+    (True, 0.0)
 
     Args:
         model: to look at.

@@ -47,11 +47,8 @@ def plan(
     Parameters, gradients, buffers, optimizer state, random streams and modes stay as they are, bit for bit. The
     model is used in its present mode.
 
-        >>> found = plan(model, loss_fn, batch, torch.optim.SGD(model.parameters(), lr=10.0), total_steps=1000)
-        >>> found.ratio > 1.0 and found.critical_rate < 10.0 and found.warmup_steps > 0
-        True
-        >>> found.spectral_bound >= found.sharpness
-        True
+    >>> plan(model, loss_fn, batch, torch.optim.SGD(model.parameters(), lr=10.0), total_steps=1000).warmup_steps > 0
+    True
 
     Args:
         loss_fn: loss_fn(model, batch) -> scalar tensor.
