@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,6 +24,14 @@ QUICK = 5
 """A run is so many times shorter in quick mode."""
 MARGIN = 0.05
 """Of log held-out losses."""
+LOG_LOSS = "log held-out loss, without − with"
+
+
+def difference(first: str, second: str) -> Callable[[Mapping[str, float]], float]:
+    return lambda figures: figures[first] - figures[second]
+
+
+gain = difference("without", "with")
 
 
 def plain(model: nn.Module, optimizer: Any, batch: Batch) -> Tensor:
