@@ -14,7 +14,7 @@ from benchmarks.harness.data import class_batches
 from benchmarks.harness.problems import cross_entropy
 from benchmarks.tasks.data import seeded
 from benchmarks.what_is_said_of_warmup.claim import Claim
-from benchmarks.what_is_said_of_warmup.settings import RHO, SETTINGS, few_labels
+from benchmarks.what_is_said_of_warmup.problems import PROBLEMS, RHO, few_labels
 from benchmarks.what_is_said_of_warmup.training import LOG_LOSS, MARGIN, Ascent, Half, difference, gain, train
 from warmctl import sharpness
 
@@ -26,11 +26,11 @@ LONG = 0.5
 
 @lru_cache
 def batch_sizes(seed: int, quick: bool) -> dict[str, float]:
-    setting = SETTINGS["noisy labels"]
-    linear = setting.linear(quick, LONG)
+    problem = PROBLEMS["noisy labels"]
+    linear = problem.linear(quick, LONG)
     data = few_labels(seed)[0]
     return {
-        f"batch {size}": train(setting, seed, quick, linear, stream=class_batches(data, seeded(seed), size)).log_loss
+        f"batch {size}": train(problem, seed, quick, linear, stream=class_batches(data, seeded(seed), size)).log_loss
         for size in (25, 400)
     }
 
@@ -38,10 +38,10 @@ def batch_sizes(seed: int, quick: bool) -> dict[str, float]:
 @lru_cache
 def settled(seed: int, quick: bool) -> dict[str, float]:
     """Log λ_max of the training loss after a long warmup and after none."""
-    setting = SETTINGS["noisy labels, full batch"]
+    problem = PROBLEMS["noisy labels, full batch"]
     found = {}
     for name, share in (("with", LONG), ("without", 0.0)):
-        run = train(setting, seed, quick, setting.linear(quick, share))
+        run = train(problem, seed, quick, problem.linear(quick, share))
         found[name] = math.log(max(sharpness(run.model, cross_entropy, few_labels(seed)[0], tol=0.03).eigenvalue, 1e-6))
     return found
 
@@ -51,17 +51,17 @@ PERIOD, AMPLITUDE = 8, 0.5
 
 def dithered(seed: int, quick: bool) -> dict[str, float]:
     """η_t (1 + a sin 2πt/P) / (1 + a) in warmup: its crest is the rate that is held without."""
-    setting = SETTINGS["noisy labels, full batch"]
-    linear = setting.linear(quick, LONG)
-    end = round(LONG * setting.length(quick))
+    problem = PROBLEMS["noisy labels, full batch"]
+    linear = problem.linear(quick, LONG)
+    end = round(LONG * problem.length(quick))
 
     def swinging(t: int) -> float:
         swing = (1 + AMPLITUDE * math.sin(2 * math.pi * t / PERIOD)) / (1 + AMPLITUDE)
         return linear(t) * (swing if t < end else 1.0)
 
     return {
-        "without": train(setting, seed, quick, linear).log_loss,
-        "with": train(setting, seed, quick, swinging).log_loss,
+        "without": train(problem, seed, quick, linear).log_loss,
+        "with": train(problem, seed, quick, swinging).log_loss,
     }
 
 
@@ -71,7 +71,7 @@ def dithered(seed: int, quick: bool) -> dict[str, float]:
 @lru_cache
 def shrinkage(seed: int, quick: bool) -> dict[str, float]:
     """Log norm of the matrices and log held-out loss: no warmup, a long one, and one with decay w/s."""
-    setting = SETTINGS["noisy labels, AdamW"]
+    problem = PROBLEMS["noisy labels, AdamW"]
 
     def compensate(t: int, model: nn.Module, optimizer: Any) -> None:
         for group in optimizer.param_groups:
@@ -82,11 +82,11 @@ def shrinkage(seed: int, quick: bool) -> dict[str, float]:
             group["initial_decay"] = group["weight_decay"]
         return optimizer
 
-    linear, end = setting.linear(quick, LONG), round(LONG * setting.length(quick))
+    linear, end = problem.linear(quick, LONG), round(LONG * problem.length(quick))
     runs = {
-        "none": train(setting, seed, quick, setting.linear(quick, 0.0)),
-        "warmup": train(setting, seed, quick, linear),
-        "compensated": train(setting, seed, quick, linear, prepare=remember, before=compensate),
+        "none": train(problem, seed, quick, problem.linear(quick, 0.0)),
+        "warmup": train(problem, seed, quick, linear),
+        "compensated": train(problem, seed, quick, linear, prepare=remember, before=compensate),
     }
     norms = {f"norm, {name}": math.log(norm(run.model)) for name, run in runs.items()}
     return norms | {f"loss, {name}": run.log_loss for name, run in runs.items()}
@@ -102,8 +102,8 @@ def norm(model: nn.Module) -> float:
 @lru_cache
 def radius(seed: int, quick: bool) -> dict[str, float]:
     """A fixed radius, and one in proportion to the rate while that rises; in a long warmup."""
-    setting = SETTINGS["noisy labels, SAM"]
-    linear, end = setting.linear(quick, LONG), round(LONG * setting.length(quick))
+    problem = PROBLEMS["noisy labels, SAM"]
+    linear, end = problem.linear(quick, LONG), round(LONG * problem.length(quick))
     found = {}
     for name in ("without", "with"):
         ascent = Ascent(RHO)
@@ -111,7 +111,7 @@ def radius(seed: int, quick: bool) -> dict[str, float]:
         def follow(t: int, model: nn.Module, optimizer: Any, ascent: Ascent = ascent) -> None:
             ascent.rho = RHO * (linear(t) if t < end else 1.0)
 
-        run = train(setting, seed, quick, linear, step=ascent, before=follow if name == "with" else None)
+        run = train(problem, seed, quick, linear, step=ascent, before=follow if name == "with" else None)
         last = run.losses[round(0.8 * end) : end]
         found[name] = run.log_loss
         found[f"{name}, warmup's end"] = math.log(sum(last) / len(last))
@@ -123,20 +123,20 @@ def radius(seed: int, quick: bool) -> dict[str, float]:
 
 def overflows(seed: int, quick: bool) -> dict[str, float]:
     """Steps of a hundred that are left out, over the time that warmup takes."""
-    setting = SETTINGS["noisy labels, float16"]
+    problem = PROBLEMS["noisy labels, float16"]
     found = {}
-    for name, share in (("with", setting.warmup), ("without", 0.0)):
+    for name, share in (("with", problem.warmup), ("without", 0.0)):
         half = Half()
-        train(setting, seed, quick, setting.linear(quick, share), step=half)
-        first = half.overflows[: round(setting.warmup * setting.length(quick))]
+        train(problem, seed, quick, problem.linear(quick, share), step=half)
+        first = half.overflows[: round(problem.warmup * problem.length(quick))]
         found[name] = 100 * sum(first) / len(first)
     return found
 
 
 def bounded(seed: int, quick: bool) -> dict[str, float]:
     """Share of the first 40 steps of gradient descent that end within ‖g‖(1 + ηλ_max), and the largest excess."""
-    setting = SETTINGS["noisy labels, full batch"]
-    batch, linear = few_labels(seed)[0], setting.linear(quick)
+    problem = PROBLEMS["noisy labels, full batch"]
+    batch, linear = few_labels(seed)[0], problem.linear(quick)
     growth: list[float] = []
     ahead = before = math.nan
 
@@ -152,9 +152,9 @@ def bounded(seed: int, quick: bool) -> dict[str, float]:
         ahead, before = 1 + optimizer.param_groups[0]["lr"] * top, now
 
     def without_momentum(model: nn.Module, optimizer: Any) -> SGD:
-        return SGD(model.parameters(), lr=setting.lr)
+        return SGD(model.parameters(), lr=problem.lr)
 
-    train(setting, seed, quick, linear, prepare=without_momentum, before=look)
+    train(problem, seed, quick, linear, prepare=without_momentum, before=look)
     return {"within": sum(x <= 1.0 for x in growth) / len(growth), "largest": max(growth)}
 
 
@@ -166,10 +166,10 @@ FIRST = 20
 @lru_cache
 def first_updates(seed: int, quick: bool) -> dict[str, float]:
     """After twenty updates: share of saturated gates; over them: the largest gradient. Log held-out loss at the end."""
-    setting = SETTINGS["text, LSTM"]
-    probe = setting.held(seed)[0][:32]
+    problem = PROBLEMS["text, LSTM"]
+    probe = problem.held(seed)[0][:32]
     found = {}
-    for name, share in (("with", setting.warmup), ("without", 0.0)):
+    for name, share in (("with", problem.warmup), ("without", 0.0)):
         saturated, norms = [], []
 
         def look(t: int, model: nn.Module, optimizer: Any, saturated: Any = saturated, norms: Any = norms) -> None:
@@ -178,7 +178,7 @@ def first_updates(seed: int, quick: bool) -> dict[str, float]:
             if 1 <= t <= FIRST:
                 norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters())))
 
-        run = train(setting, seed, quick, setting.linear(quick, share), before=look)
+        run = train(problem, seed, quick, problem.linear(quick, share), before=look)
         found[name] = run.log_loss
         found[f"saturated, {name}"] = saturated[0]
         found[f"gradient, {name}"] = math.log(max(norms))

@@ -1,4 +1,4 @@
-"""The peak rates of `settings`: the largest half decade that linear warmup bears.
+"""The peak rates of `problems`: the largest half decade that linear warmup bears.
 
 python -m benchmarks.what_is_said_of_warmup.rates [NAME …]
 """
@@ -9,27 +9,27 @@ import sys
 
 import torch
 
-from benchmarks.what_is_said_of_warmup.settings import SETTINGS
-from benchmarks.what_is_said_of_warmup.training import Ascent, Setting, train
+from benchmarks.what_is_said_of_warmup.problems import PROBLEMS
+from benchmarks.what_is_said_of_warmup.training import Ascent, Problem, train
 
 SEEDS = 100, 101
 WITHIN = 0.1
 
 
-def scores(setting: Setting) -> dict[float, float]:
+def scores(problem: Problem) -> dict[float, float]:
     """Mean log held-out loss of each rate."""
-    linear = setting.linear(quick=False)
+    linear = problem.linear(quick=False)
     return {
-        lr: sum(train(setting, seed, False, linear, lr=lr).log_loss for seed in SEEDS) / len(SEEDS)
-        for lr in setting.rates
+        lr: sum(train(problem, seed, False, linear, lr=lr).log_loss for seed in SEEDS) / len(SEEDS)
+        for lr in problem.rates
     }
 
 
-def radii(setting: Setting) -> dict[float, float]:
-    """Mean log held-out loss of each fixed radius of sharpness-aware minimisation at the setting's rate."""
-    linear = setting.linear(quick=False)
+def radii(problem: Problem) -> dict[float, float]:
+    """Mean log held-out loss of each fixed radius of sharpness-aware minimisation at the problem's rate."""
+    linear = problem.linear(quick=False)
     return {
-        rho: sum(train(setting, seed, False, linear, step=Ascent(rho)).log_loss for seed in SEEDS) / len(SEEDS)
+        rho: sum(train(problem, seed, False, linear, step=Ascent(rho)).log_loss for seed in SEEDS) / len(SEEDS)
         for rho in (0.05, 0.1, 0.2, 0.5, 1.0)
     }
 
@@ -41,8 +41,8 @@ def largest(found: dict[float, float]) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or SETTINGS:
-        found = scores(SETTINGS[name])
+    for name in sys.argv[1:] or PROBLEMS:
+        found = scores(PROBLEMS[name])
         print(name, {lr: round(score, 3) for lr, score in found.items()}, "→", largest(found), flush=True)
         if name == "noisy labels, SAM":
-            print("radii", {rho: round(score, 3) for rho, score in radii(SETTINGS[name]).items()}, flush=True)
+            print("radii", {rho: round(score, 3) for rho, score in radii(PROBLEMS[name]).items()}, flush=True)

@@ -13,7 +13,7 @@ from torch.optim import RAdam
 
 from benchmarks.harness.policies import schedule, seed_second_moment
 from benchmarks.what_is_said_of_warmup.claim import Claim
-from benchmarks.what_is_said_of_warmup.settings import SETTINGS, drawn, graded
+from benchmarks.what_is_said_of_warmup.problems import PROBLEMS, drawn, graded
 from benchmarks.what_is_said_of_warmup.training import LOG_LOSS, MARGIN, difference, gain, train
 from warmctl import EasyFirst
 
@@ -27,12 +27,12 @@ SHORT, LONG = 0.02, 0.3
 def shifted(seed: int, quick: bool) -> dict[str, float]:
     """Log held-out loss of a near and a far target, and of the source after the far one; short and long warmup."""
     found = {}
-    for name, target in (("far", SETTINGS["shifted"]), ("near", SETTINGS["noisier"])):
+    for name, target in (("far", PROBLEMS["shifted"]), ("near", PROBLEMS["noisier"])):
         for length, share in (("short", SHORT), ("long", LONG)):
             run = train(target, seed, quick, target.linear(quick, share))
             found[f"{name}, {length}"] = run.log_loss
             if name == "far":
-                found[f"source, {length}"] = SETTINGS["placed, momentum"].held_out(run.model, seed)
+                found[f"source, {length}"] = PROBLEMS["placed, momentum"].held_out(run.model, seed)
     found["length matters, far"] = found["far, short"] - found["far, long"]
     found["length matters, near"] = found["near, short"] - found["near, long"]
     return found
@@ -51,20 +51,20 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 def thawed(seed: int, quick: bool) -> dict[str, float]:
     """All layers from the first step on, or one more each third of the run, with a linear warmup of a fifth of it."""
-    setting = SETTINGS["new classes"]
-    third = setting.length(quick) // STAGES
+    problem = PROBLEMS["new classes"]
+    third = problem.length(quick) // STAGES
 
     def thaw(t: int, model: nn.Module, optimizer: Any) -> None:
         for place, layer in enumerate(layers(model)):
             layer.requires_grad_(place <= t // third)
 
     def staged(t: int) -> float:
-        rise = min(1.0, (t % third + 1) / (setting.warmup * third)) if t < STAGES * third else 1.0
-        return rise * schedule(t, setting.length(quick))
+        rise = min(1.0, (t % third + 1) / (problem.warmup * third)) if t < STAGES * third else 1.0
+        return rise * schedule(t, problem.length(quick))
 
     return {
-        "without": train(setting, seed, quick, setting.linear(quick)).log_loss,
-        "with": train(setting, seed, quick, staged, before=thaw).log_loss,
+        "without": train(problem, seed, quick, problem.linear(quick)).log_loss,
+        "with": train(problem, seed, quick, staged, before=thaw).log_loss,
     }
 
 
@@ -75,7 +75,7 @@ EASIEST = 0.3
 
 def curriculum(seed: int, quick: bool, difficulty: Callable[[int], float], hard_first: bool = False) -> float:
     """Log held-out loss on all data after training on the easiest `difficulty(step)` of them."""
-    setting = SETTINGS["graded"]
+    problem = PROBLEMS["graded"]
     data, noise = graded(seed)
     sampler = EasyFirst(-noise if hard_first else noise, seed)
 
@@ -84,28 +84,28 @@ def curriculum(seed: int, quick: bool, difficulty: Callable[[int], float], hard_
 
     sampler.difficulty = difficulty(0)
     stream = drawn(sampler, data)
-    return train(setting, seed, quick, setting.linear(quick), stream=stream, before=move).log_loss
+    return train(problem, seed, quick, problem.linear(quick), stream=stream, before=move).log_loss
 
 
 @lru_cache
 def curricula(seed: int, quick: bool) -> dict[str, float]:
     """Difficulty along with the rate, against it, and at other lengths; and how each correlates with the rate."""
-    setting = SETTINGS["graded"]
-    steps = setting.length(quick)
+    problem = PROBLEMS["graded"]
+    steps = problem.length(quick)
 
     def rising(share: float) -> Callable[[int], float]:
         return lambda t: EASIEST + (1 - EASIEST) * min(1.0, (t + 1) / (share * steps))
 
     def falling(t: int) -> float:
-        return 1.0 - (1 - EASIEST) * min(1.0, (t + 1) / (setting.warmup * steps))
+        return 1.0 - (1 - EASIEST) * min(1.0, (t + 1) / (problem.warmup * steps))
 
     shapes = {
-        "none": lambda t: 1.0, "with the rate": rising(setting.warmup), "twice as long": rising(2 * setting.warmup),
-        "half as long": rising(setting.warmup / 2), "to the end": rising(1.0), "falling": falling,
+        "none": lambda t: 1.0, "with the rate": rising(problem.warmup), "twice as long": rising(2 * problem.warmup),
+        "half as long": rising(problem.warmup / 2), "to the end": rising(1.0), "falling": falling,
     }  # fmt: skip
     found = {name: curriculum(seed, quick, shape) for name, shape in shapes.items()}
     found["hard first"] = curriculum(seed, quick, shapes["with the rate"], hard_first=True)
-    linear = setting.linear(quick)
+    linear = problem.linear(quick)
     rates = [linear(t) for t in range(steps)]
     alignments = {
         name: float(np.corrcoef(rates, [shape(t) for t in range(steps)])[0, 1])
@@ -123,16 +123,16 @@ def curricula(seed: int, quick: bool) -> dict[str, float]:
 @lru_cache
 def ended(name: str, policy: str, seed: int, quick: bool) -> float:
     """Log held-out loss. All but inverse root decay by a cosine to a tenth; the peak rate is the same."""
-    setting = SETTINGS[name]
-    steps = setting.length(quick)
-    length = round(setting.warmup * steps)
+    problem = PROBLEMS[name]
+    steps = problem.length(quick)
+    length = round(problem.warmup * steps)
     scales: dict[str, Callable[[int], float]] = {
-        "linear": setting.linear(quick),
+        "linear": problem.linear(quick),
         "exponential": lambda t: -math.expm1(-3 * (t + 1) / length) * schedule(t, steps),
         "inverse root": lambda t: min((t + 1) / length, math.sqrt(length / (t + 1))),
     }
-    scale = scales.get(policy, setting.linear(quick, 0.0))
-    return train(setting, seed, quick, scale, prepare=PREPARE.get(policy, as_it_is)).log_loss
+    scale = scales.get(policy, problem.linear(quick, 0.0))
+    return train(problem, seed, quick, scale, prepare=PREPARE.get(policy, as_it_is)).log_loss
 
 
 def as_it_is(model: nn.Module, optimizer: Any) -> Any:
@@ -164,7 +164,7 @@ def as_good(figures: Any) -> float:
 
 
 def against(number: int, lines: Sequence[tuple[str, str, str, str, str]]) -> tuple[Claim, ...]:
-    """Each: title, source, setting by name, policy without, policy with; the policy with is better."""
+    """Each: title, source, problem by name, policy without, policy with; the policy with is better."""
     return tuple(
         Claim(number, title, source, WORDS[name], compared(name, a, b), gain, f"log held-out loss, {a} − {b}", MARGIN)
         for title, source, name, a, b in lines
@@ -172,7 +172,7 @@ def against(number: int, lines: Sequence[tuple[str, str, str, str, str]]) -> tup
 
 
 def no_worse(number: int, lines: Sequence[tuple[str, str, str, str]]) -> tuple[Claim, ...]:
-    """Each: title, source, setting by name, policy: it ends no more than the margin above linear warmup."""
+    """Each: title, source, problem by name, policy: it ends no more than the margin above linear warmup."""
     return tuple(
         Claim(
             number, title, source, WORDS[name], compared(name, "linear", policy), as_good,

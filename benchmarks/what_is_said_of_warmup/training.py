@@ -1,4 +1,4 @@
-"""How claims 11 to 19 and the followers train: a setting, one update of it, a run of it."""
+"""How claims 11 to 19 and the followers train: a problem, one update of it, a run of it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Problem:
     """One model, its data and optimizer, trained for `steps` at `lr`."""
 
     model: Callable[[int], nn.Module]  # by seed
@@ -151,7 +151,7 @@ class Run(NamedTuple):
 
 
 def train(
-    setting: Setting,
+    problem: Problem,
     seed: int,
     quick: bool,
     scale: Callable[[int], float],
@@ -168,19 +168,19 @@ def train(
         prepare: given model and optimizer, what steps; to wrap, hook or add followers.
         before: called before each step.
     """
-    model = setting.model(seed)
-    optimizer = prepare(model, setting.optimizer(model, lr))
-    step = step or setting.new_step()
+    model = problem.model(seed)
+    optimizer = prepare(model, problem.optimizer(model, lr))
+    step = step or problem.new_step()
     losses: list[float] = []
-    for t, batch in enumerate(islice(stream or setting.stream(seed), setting.length(quick))):
+    for t, batch in enumerate(islice(stream or problem.stream(seed), problem.length(quick))):
         for group in optimizer.param_groups:
-            group["lr"] = (lr or setting.lr) * scale(t)
+            group["lr"] = (lr or problem.lr) * scale(t)
         if before:
             before(t, model, optimizer)
         losses.append(float(step(model, optimizer, batch)))
         if not math.isfinite(losses[-1]):
             break
-    return Run(model, optimizer, losses, setting.held_out(model, seed))
+    return Run(model, optimizer, losses, problem.held_out(model, seed))
 
 
 def weights_by(seed: int, model: Callable[[], nn.Module]) -> nn.Module:

@@ -1,6 +1,6 @@
 """What claims 11 to 19 and the followers are tried on: small enough for some seconds a seed on one thread.
 
-Weights, data and their order depend on the seed alone. The peak rate of a setting is the largest of its half decades
+Weights, data and their order depend on the seed alone. The peak rate of a problem is the largest of its half decades
 that linear warmup bears: over seeds 100 and 101, which no trial uses, its mean log held-out loss is within .1 of the
 best rate's. `python -m benchmarks.what_is_said_of_warmup.rates` prints it.
 """
@@ -24,11 +24,11 @@ from benchmarks.harness.problems import half_decades
 from benchmarks.tasks.data import digits, seeded
 from benchmarks.tasks.models import mlp
 from benchmarks.tasks.optimizers import Muon
-from benchmarks.what_is_said_of_warmup.training import Ascent, Half, Setting, train, weights_by
+from benchmarks.what_is_said_of_warmup.training import Ascent, Half, Problem, train, weights_by
 from warmctl import EasyFirst
 
 LABELLED, WRONG = 400, 0.2
-POOL, NOISIEST = 2000, 1.5
+POOL, NOISIEST = 2000, 1.0
 
 # Digits of which a fifth of the labels is wrong: the better minimum is not the lower training loss.
 
@@ -53,8 +53,8 @@ def labels(
     lr: float,
     sizes: Sequence[int] = (64, 96, 96, 10),
     **options: Any,
-) -> Setting:
-    return Setting(
+) -> Problem:
+    return Problem(
         model=partial(weights_by, model=partial(mlp, sizes, "relu")),
         stream=lambda seed: class_batches(few_labels(seed)[0], seeded(seed), batch),
         held=lambda seed: few_labels(seed)[1],
@@ -71,12 +71,12 @@ def placed_test() -> Batch:
     return place(x, seeded(0), 12), y
 
 
-def placed(rule: Callable[..., Optimizer], lr: float, model: Callable[[], nn.Module] = small_conv) -> Setting:
-    return Setting(
+def placed(rule: Callable[..., Optimizer], lr: float, model: Callable[[], nn.Module] = small_conv) -> Problem:
+    return Problem(
         model=partial(weights_by, model=model),
         stream=lambda seed: placed_batches(images()[0], seeded(seed), 32),
         held=lambda seed: placed_test(),
-        rule=rule, rates=half_decades(3e-2, 5), lr=lr,
+        rule=rule, rates=half_decades(3e-2, 5), lr=lr, steps=400,
     )  # fmt: skip
 
 
@@ -113,11 +113,11 @@ def drawn(sampler: EasyFirst, data: Batch, batch: int = 32) -> Iterator[Batch]:
 @lru_cache
 def pretrained(seed: int, classes: range = range(10)) -> nn.Module:
     """Trained on placed digits of some classes as "placed, momentum" is."""
-    setting = SETTINGS["placed, momentum"]
+    problem = PROBLEMS["placed, momentum"]
     x, y = images()[0]
     rows = torch.isin(y, torch.tensor(classes))
     stream = placed_batches((x[rows], y[rows]), seeded(seed), 32)
-    return train(setting, seed, False, setting.linear(False), stream=stream).model
+    return train(problem, seed, False, problem.linear(False), stream=stream).model
 
 
 def seen_otherwise(x: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ def with_fresh_head(seed: int) -> nn.Module:
     return model
 
 
-def transfer(far: bool) -> Setting:
-    return Setting(
+def transfer(far: bool) -> Problem:
+    return Problem(
         model=lambda seed: copy.deepcopy(pretrained(seed)),
         stream=lambda seed: class_batches(target(seed, far, held_out=False), seeded(seed), 20),
         held=lambda seed: target(seed, far, held_out=True),
@@ -172,38 +172,38 @@ def text_test() -> Batch:
     return next(text_batches(corpus()[1], seeded(0), 128, 32))
 
 
-def text(model: Callable[[], nn.Module], rule: Callable[..., Optimizer], low: float, lr: float) -> Setting:
-    return Setting(
+def text(model: Callable[[], nn.Module], rule: Callable[..., Optimizer], low: float, lr: float) -> Problem:
+    return Problem(
         model=partial(weights_by, model=model),
         stream=lambda seed: text_batches(corpus()[0], seeded(seed), 8, 32),
         held=lambda seed: text_test(),
-        rule=rule, rates=half_decades(low, 5), lr=lr, chance=math.log(256),
+        rule=rule, rates=half_decades(low, 5), lr=lr, steps=300, chance=math.log(256),
     )  # fmt: skip
 
 
 MOMENTUM = partial(SGD, momentum=0.9)
 RHO = 0.2
 """The best of .05, .1, .2, .5 and 1 with a fixed radius, over the seeds of the rates; printed by `rates`."""
-SETTINGS = {
-    "noisy labels, full batch": labels(LABELLED, MOMENTUM, half_decades(1e-2, 5), 0.3),
-    "noisy labels": labels(50, MOMENTUM, half_decades(1e-2, 5), 0.1),
+PROBLEMS = {
+    "noisy labels, full batch": labels(LABELLED, MOMENTUM, half_decades(1e-2, 5), 0.03),
+    "noisy labels": labels(50, MOMENTUM, half_decades(1e-2, 5), 0.03),
     "noisy labels, SAM": labels(50, MOMENTUM, half_decades(1e-2, 5), 0.1, new_step=lambda: Ascent(RHO)),
     "noisy labels, float16": labels(
-        50, MOMENTUM, half_decades(3e-3, 5), 3e-2, sizes=(64, 128, 128, 128, 128, 10), new_step=Half
+        50, MOMENTUM, half_decades(3e-2, 5), 0.3, sizes=(64, 128, 128, 128, 128, 10), new_step=Half
     ),
     "noisy labels, AdamW": labels(50, partial(AdamW, weight_decay=0.1), half_decades(1e-3, 5), 3e-3, warmup=0.5),
     "noisy labels, Muon": labels(50, partial(Muon, momentum=0.95), half_decades(1e-3, 5), 3e-3),
     "placed, SGD": placed(SGD, 0.3),
     "placed, momentum": placed(MOMENTUM, 0.1),
-    "graded": Setting(
+    "graded": Problem(
         model=partial(weights_by, model=small_conv),
         stream=lambda seed: drawn(EasyFirst(graded(seed)[1], seed), graded(seed)[0]),
         held=lambda seed: graded(seed, held_out=True)[0],
-        rule=MOMENTUM, rates=half_decades(3e-2, 5), lr=0.1,
+        rule=MOMENTUM, rates=half_decades(3e-2, 5), lr=0.1, steps=400,
     ),
     "shifted": transfer(far=True),
     "noisier": transfer(far=False),
-    "new classes": Setting(
+    "new classes": Problem(
         model=with_fresh_head,
         stream=lambda seed: class_batches(new_classes(seed, held_out=False), seeded(seed), 20),
         held=lambda seed: new_classes(seed, held_out=True),
