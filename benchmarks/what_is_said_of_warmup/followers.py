@@ -109,7 +109,7 @@ def thawing(every_third: bool) -> Callable[[int, bool], dict[str, float]]:
 
 
 NOISY = "MLP on 400 digits, a fifth of the labels wrong"
-THAW = "convolution net trained on digits 0–4, fresh head, 100 images of 5–9, SGD .9"
+THAW = "convolution net trained on digits 0–4, fresh head, 200 images of 5–9, SGD .9"
 LINES: tuple[tuple[str, str, Callable[[int, bool], dict[str, float]], str], ...] = (
     ("SAMRadius: a radius that follows the rate", f"{NOISY}; SAM on SGD .9", radius, LOG_LOSS),
     ("BatchNormMomentum: averages that follow the rate, evaluated early",
@@ -120,7 +120,7 @@ LINES: tuple[tuple[str, str, Callable[[int, bool], dict[str, float]], str], ...]
     ('WeightDecay("delay")', f"{NOISY}; AdamW, decay .1",
      ended("noisy labels, AdamW", partial(WeightDecay, "delay")), LOG_LOSS),
     ("Difficulty: data that grow harder with the rate",
-     "convolution net on digits each of its own noise, the score; SGD .9", difficulty, LOG_LOSS),
+     "MLP 64-96-96-10 on digits each of its own noise, the score; SGD .9", difficulty, LOG_LOSS),
     ("Dither: a swing of the rate in place of noise", f"{NOISY}; full batch, SGD .9, period 8, amplitude .5",
      ended("noisy labels, full batch", partial(Dither, 8, 0.5)), LOG_LOSS),
     ("Momentum: from .85 up to Muon's .95", f"{NOISY}; Muon",

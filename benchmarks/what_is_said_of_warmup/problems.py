@@ -28,7 +28,8 @@ from benchmarks.what_is_said_of_warmup.training import Ascent, Half, Problem, tr
 from warmctl import EasyFirst
 
 LABELLED, WRONG = 400, 0.2
-POOL, NOISIEST = 2000, 1.0
+NARROW = 64, 96, 96, 10
+POOL, NOISIEST = 2000, 2.0
 
 # Digits of which a fifth of the labels is wrong: the better minimum is not the lower training loss.
 
@@ -51,7 +52,7 @@ def labels(
     rule: Callable[..., Optimizer],
     rates: tuple[float, ...],
     lr: float,
-    sizes: Sequence[int] = (64, 96, 96, 10),
+    sizes: Sequence[int] = NARROW,
     **options: Any,
 ) -> Problem:
     return Problem(
@@ -85,12 +86,12 @@ def placed(rule: Callable[..., Optimizer], lr: float, model: Callable[[], nn.Mod
 
 @lru_cache
 def graded(seed: int, held_out: bool = False) -> tuple[Batch, Tensor]:
-    """Placed digits, and how noisy each is."""
+    """Digits of unit variance, and how noisy each is."""
     generator = seeded(seed)
-    pictures, classes = images()[held_out]
+    pictures, classes = digits(held_out)
     rows = torch.randint(0, len(classes), (POOL,), generator=generator)
     noise = NOISIEST * torch.rand(POOL, generator=generator)
-    x = place(pictures[rows], generator, 12, 0.0)
+    x = pictures[rows]
     return (x + noise[:, None, None, None] * torch.randn(x.shape, generator=generator), classes[rows]), noise
 
 
@@ -120,29 +121,24 @@ def pretrained(seed: int, classes: range = range(10)) -> nn.Module:
     return train(problem, seed, False, problem.linear(False), stream=stream).model
 
 
-def seen_otherwise(x: Tensor) -> Tensor:
-    """Inverted and turned by 90 degrees."""
-    return torch.rot90(1 - x, 1, (2, 3))
-
-
 @lru_cache
 def target(seed: int, far: bool, held_out: bool) -> Batch:
-    """200 placed digits of the training half, or those held out: noisier, or also inverted and turned."""
+    """400 placed digits of the training half, or those held out: turned by 90 degrees, or only somewhat noisier."""
     x, y = images()[held_out]
     generator = seeded(seed)
-    rows = torch.randperm(len(y), generator=generator)[: len(y) if held_out else 200]
-    x = place(x[rows], generator, 12, 0.4)
-    return (seen_otherwise(x) if far else x), y[rows]
+    rows = torch.randperm(len(y), generator=generator)[: len(y) if held_out else 400]
+    x = torch.rot90(x[rows], 1, (2, 3)) if far else x[rows]
+    return place(x, generator, 12, 0.2 if far else 0.3), y[rows]
 
 
 @lru_cache
 def new_classes(seed: int, held_out: bool) -> Batch:
-    """100 placed fives to nines, or those held out."""
+    """200 placed fives to nines, or those held out."""
     x, y = images()[held_out]
     generator = seeded(seed)
     rows = torch.randperm(len(y), generator=generator)
     rows = rows[y[rows] >= 5]
-    rows = rows if held_out else rows[:100]
+    rows = rows if held_out else rows[:200]
     return place(x[rows], generator, 12), y[rows]
 
 
@@ -160,7 +156,7 @@ def transfer(far: bool) -> Problem:
         model=lambda seed: copy.deepcopy(pretrained(seed)),
         stream=lambda seed: class_batches(target(seed, far, held_out=False), seeded(seed), 20),
         held=lambda seed: target(seed, far, held_out=True),
-        rule=MOMENTUM, rates=half_decades(3e-3, 5), lr=3e-2, warmup=0.3,
+        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-3, warmup=0.3,
     )  # fmt: skip
 
 
@@ -192,14 +188,14 @@ PROBLEMS = {
         50, MOMENTUM, half_decades(3e-2, 5), 0.3, sizes=(64, 128, 128, 128, 128, 10), new_step=Half
     ),
     "noisy labels, AdamW": labels(50, partial(AdamW, weight_decay=0.1), half_decades(1e-3, 5), 3e-3, warmup=0.5),
-    "noisy labels, Muon": labels(50, partial(Muon, momentum=0.95), half_decades(1e-3, 5), 3e-3),
-    "placed, SGD": placed(SGD, 0.3),
+    "noisy labels, Muon": labels(50, partial(Muon, momentum=0.95), half_decades(1e-3, 5), 1e-2),
+    "placed, SGD": placed(SGD, 1.0),
     "placed, momentum": placed(MOMENTUM, 0.1),
     "graded": Problem(
-        model=partial(weights_by, model=small_conv),
+        model=partial(weights_by, model=partial(mlp, NARROW, "relu")),
         stream=lambda seed: drawn(EasyFirst(graded(seed)[1], seed), graded(seed)[0]),
         held=lambda seed: graded(seed, held_out=True)[0],
-        rule=MOMENTUM, rates=half_decades(3e-2, 5), lr=0.1, steps=400,
+        rule=MOMENTUM, rates=half_decades(1e-2, 5), lr=0.03,
     ),
     "shifted": transfer(far=True),
     "noisier": transfer(far=False),
@@ -207,9 +203,9 @@ PROBLEMS = {
         model=with_fresh_head,
         stream=lambda seed: class_batches(new_classes(seed, held_out=False), seeded(seed), 20),
         held=lambda seed: new_classes(seed, held_out=True),
-        rule=MOMENTUM, rates=half_decades(3e-3, 5), lr=3e-2,
+        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-3,
     ),
     "placed, batch norm": placed(MOMENTUM, 0.3, partial(resnet, width=8, depth=1)),
-    "text, Adam": text(partial(GPT, width=32, depth=2, context=32, post_norm=True), Adam, 1e-3, 3e-3),
-    "text, LSTM": text(partial(LSTM, width=64), RMSprop, 3e-3, 1e-2),
+    "text, Adam": text(partial(GPT, width=32, depth=2, context=32, post_norm=True), Adam, 1e-3, 3e-2),
+    "text, LSTM": text(partial(LSTM, width=64), RMSprop, 3e-3, 3e-2),
 }  # fmt: skip

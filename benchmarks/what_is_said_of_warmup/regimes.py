@@ -187,28 +187,28 @@ WORDS = {
     "placed, momentum": "convolution net on digits in a noisy field; SGD .9, 200 steps",
     "text, Adam": "post-LN transformer on program text; Adam, 200 steps",
 }
-FINE = "convolution net trained on placed digits, 200 target images, SGD .9, 200 steps; warmup of 2 and 30 %"
-GRADED = "convolution net on digits each of its own noise, the score; SGD .9, linear warmup over 40 of 200 steps"
+FINE = "convolution net trained on placed digits, 400 target images, SGD .9, 200 steps; warmup of 2 and 30 %"
+GRADED = "MLP 64-96-96-10 on digits each of its own noise, the score; SGD .9, linear warmup over 40 of 200 steps"
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         16, "Under a shifted source a long warmup fine-tunes better than a short one", "common advice",
-        f"{FINE}; target inverted and turned", shifted, difference("far, short", "far, long"),
+        f"{FINE}; target turned by 90°", shifted, difference("far, short", "far, long"),
         "log held-out loss, short − long", MARGIN,
     ),
     Claim(
         16, "The further the shift, the more a long warmup is worth", "common advice",
-        f"{FINE}; target inverted and turned, against only noisier", shifted,
+        f"{FINE}; target turned by 90°, against only noisier", shifted,
         difference("length matters, far", "length matters, near"),
         "log held-out loss, short − long, far − near", MARGIN,
     ),
     Claim(
         16, "A long warmup forgets less of the source", "common advice",
-        f"{FINE}; target inverted and turned", shifted, difference("source, short", "source, long"),
+        f"{FINE}; target turned by 90°", shifted, difference("source, short", "source, long"),
         "log loss on the source, short − long", MARGIN,
     ),
     Claim(
         17, "Thawing in stages, each with its warmup, fine-tunes better than all at once", "Howard & Ruder 2018",
-        "convolution net trained on digits 0–4, fresh head, 100 images of 5–9, SGD .9, 200 steps", thawed, gain,
+        "convolution net trained on digits 0–4, fresh head, 200 images of 5–9, SGD .9, 200 steps", thawed, gain,
         "log held-out loss, all at once − in stages", MARGIN,
     ),
     Claim(
