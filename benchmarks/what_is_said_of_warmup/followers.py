@@ -14,6 +14,7 @@ from benchmarks.what_is_said_of_warmup.claim import Claim
 from benchmarks.what_is_said_of_warmup.problems import PROBLEMS, RHO, drawn, graded
 from benchmarks.what_is_said_of_warmup.regimes import layers
 from benchmarks.what_is_said_of_warmup.training import LOG_LOSS, MARGIN, Ascent, Run, gain, train
+from benchmarks.what_is_said_of_warmup.transfers import TRANSFERS
 from warmctl import (
     AdaptiveWarmup,
     BatchNormMomentum,
@@ -26,13 +27,14 @@ from warmctl import (
     WeightDecay,
 )
 
+ALL = PROBLEMS | TRANSFERS
 NUMBER = 20
 """Place of the followers in the table, after the claims of the sources."""
 
 
 def controlled(name: str, seed: int, quick: bool, *followers: Callable[[nn.Module], Any], **options: Any) -> Run:
     """Train a problem at its rate under the wrapper, with followers that are made of the model."""
-    problem = PROBLEMS[name]
+    problem = ALL[name]
 
     def wrap(model: nn.Module, optimizer: Any) -> AdaptiveWarmup:
         return AdaptiveWarmup(optimizer, model).follow(*(follower(model) for follower in followers))
@@ -100,7 +102,7 @@ def by_layer(model: nn.Module, optimizer: Any, unfreezing: Callable[[list[nn.Mod
 
 def thawing(every_third: bool) -> Callable[[int, bool], dict[str, float]]:
     def trial(seed: int, quick: bool) -> dict[str, float]:
-        every = PROBLEMS["new classes"].length(quick) // 3 if every_third else None
+        every = TRANSFERS["new classes"].length(quick) // 3 if every_third else None
         prepare = partial(by_layer, unfreezing=partial(Unfreezing, every=every))
         run = controlled("new classes", seed, quick, prepare=prepare)
         return {"without": at_once(seed, quick), "with": run.log_loss, "stage": run.optimizer.metrics["stage"]}

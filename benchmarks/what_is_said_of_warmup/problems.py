@@ -7,7 +7,6 @@ best rate's. `python -m benchmarks.what_is_said_of_warmup.rates` prints it.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -24,7 +23,7 @@ from benchmarks.harness.problems import half_decades
 from benchmarks.tasks.data import digits, seeded
 from benchmarks.tasks.models import mlp
 from benchmarks.tasks.optimizers import Muon
-from benchmarks.what_is_said_of_warmup.training import Ascent, Half, Problem, train, weights_by
+from benchmarks.what_is_said_of_warmup.training import Ascent, Half, Problem, weights_by
 from warmctl import EasyFirst
 
 LABELLED, WRONG = 400, 0.2
@@ -108,58 +107,6 @@ def drawn(sampler: EasyFirst, data: Batch, batch: int = 32) -> Iterator[Batch]:
         yield data[0][rows], data[1][rows]
 
 
-# Fine-tuning of what was trained on placed digits.
-
-
-@lru_cache
-def pretrained(seed: int, classes: range = range(10)) -> nn.Module:
-    """Trained on placed digits of some classes as "placed, momentum" is."""
-    problem = PROBLEMS["placed, momentum"]
-    x, y = images()[0]
-    rows = torch.isin(y, torch.tensor(classes))
-    stream = placed_batches((x[rows], y[rows]), seeded(seed), 32)
-    return train(problem, seed, False, problem.linear(False), stream=stream).model
-
-
-@lru_cache
-def target(seed: int, far: bool, held_out: bool) -> Batch:
-    """400 placed digits of the training half, or those held out: turned by 90 degrees, or only somewhat noisier."""
-    x, y = images()[held_out]
-    generator = seeded(seed)
-    rows = torch.randperm(len(y), generator=generator)[: len(y) if held_out else 400]
-    x = torch.rot90(x[rows], 1, (2, 3)) if far else x[rows]
-    return place(x, generator, 12, 0.2 if far else 0.3), y[rows]
-
-
-@lru_cache
-def new_classes(seed: int, held_out: bool) -> Batch:
-    """200 placed fives to nines, or those held out."""
-    x, y = images()[held_out]
-    generator = seeded(seed)
-    rows = torch.randperm(len(y), generator=generator)
-    rows = rows[y[rows] >= 5]
-    rows = rows if held_out else rows[:200]
-    return place(x[rows], generator, 12), y[rows]
-
-
-def with_fresh_head(seed: int) -> nn.Module:
-    """Trained on zeros to fours; its last layer as it was initialised."""
-    model: Any = copy.deepcopy(pretrained(seed, range(5)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model[-1].reset_parameters()
-    return model
-
-
-def transfer(far: bool) -> Problem:
-    return Problem(
-        model=lambda seed: copy.deepcopy(pretrained(seed)),
-        stream=lambda seed: class_batches(target(seed, far, held_out=False), seeded(seed), 20),
-        held=lambda seed: target(seed, far, held_out=True),
-        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-3, warmup=0.3,
-    )  # fmt: skip
-
-
 # Text.
 
 
@@ -196,14 +143,6 @@ PROBLEMS = {
         stream=lambda seed: drawn(EasyFirst(graded(seed)[1], seed), graded(seed)[0]),
         held=lambda seed: graded(seed, held_out=True)[0],
         rule=MOMENTUM, rates=half_decades(1e-2, 5), lr=0.03,
-    ),
-    "shifted": transfer(far=True),
-    "noisier": transfer(far=False),
-    "new classes": Problem(
-        model=with_fresh_head,
-        stream=lambda seed: class_batches(new_classes(seed, held_out=False), seeded(seed), 20),
-        held=lambda seed: new_classes(seed, held_out=True),
-        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-3,
     ),
     "placed, batch norm": placed(MOMENTUM, 0.3, partial(resnet, width=8, depth=1)),
     "text, Adam": text(partial(GPT, width=32, depth=2, context=32, post_norm=True), Adam, 1e-3, 3e-2),

@@ -11,7 +11,9 @@ import torch
 
 from benchmarks.what_is_said_of_warmup.problems import PROBLEMS
 from benchmarks.what_is_said_of_warmup.training import Ascent, Problem, train
+from benchmarks.what_is_said_of_warmup.transfers import TRANSFERS
 
+ALL = PROBLEMS | TRANSFERS
 SEEDS = 100, 101
 WITHIN = 0.1
 
@@ -41,8 +43,8 @@ def largest(found: dict[float, float]) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or PROBLEMS:
-        found = scores(PROBLEMS[name])
+    for name in sys.argv[1:] or ALL:
+        found = scores(ALL[name])
         print(name, {lr: round(score, 3) for lr, score in found.items()}, "→", largest(found), flush=True)
         if name == "noisy labels, SAM":
-            print("radii", {rho: round(score, 3) for rho, score in radii(PROBLEMS[name]).items()}, flush=True)
+            print("radii", {rho: round(score, 3) for rho, score in radii(ALL[name]).items()}, flush=True)

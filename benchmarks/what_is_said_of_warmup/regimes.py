@@ -15,6 +15,7 @@ from benchmarks.harness.policies import schedule, seed_second_moment
 from benchmarks.what_is_said_of_warmup.claim import Claim
 from benchmarks.what_is_said_of_warmup.problems import PROBLEMS, drawn, graded
 from benchmarks.what_is_said_of_warmup.training import LOG_LOSS, MARGIN, difference, gain, train
+from benchmarks.what_is_said_of_warmup.transfers import TRANSFERS
 from warmctl import EasyFirst
 
 # 16. Fine-tuning
@@ -27,7 +28,7 @@ SHORT, LONG = 0.02, 0.3
 def shifted(seed: int, quick: bool) -> dict[str, float]:
     """Log held-out loss of a near and a far target, and of the source after the far one; short and long warmup."""
     found = {}
-    for name, target in (("far", PROBLEMS["shifted"]), ("near", PROBLEMS["noisier"])):
+    for name, target in (("far", TRANSFERS["shifted"]), ("near", TRANSFERS["noisier"])):
         for length, share in (("short", SHORT), ("long", LONG)):
             run = train(target, seed, quick, target.linear(quick, share))
             found[f"{name}, {length}"] = run.log_loss
@@ -51,7 +52,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 
 def thawed(seed: int, quick: bool) -> dict[str, float]:
     """All layers from the first step on, or one more each third of the run, with a linear warmup of a fifth of it."""
-    problem = PROBLEMS["new classes"]
+    problem = TRANSFERS["new classes"]
     third = problem.length(quick) // STAGES
 
     def thaw(t: int, model: nn.Module, optimizer: Any) -> None:
