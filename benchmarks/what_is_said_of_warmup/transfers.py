@@ -61,7 +61,7 @@ def transfer(far: bool) -> Problem:
         model=lambda seed: copy.deepcopy(pretrained(seed)),
         stream=lambda seed: class_batches(target(seed, far, held_out=False), seeded(seed), 20),
         held=lambda seed: target(seed, far, held_out=True),
-        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-3, warmup=0.3,
+        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-2, warmup=0.3,
     )  # fmt: skip
 
 
@@ -72,6 +72,6 @@ TRANSFERS = {
         model=with_fresh_head,
         stream=lambda seed: class_batches(new_classes(seed, held_out=False), seeded(seed), 20),
         held=lambda seed: new_classes(seed, held_out=True),
-        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=3e-3,
+        rule=MOMENTUM, rates=half_decades(1e-3, 5), lr=1e-2,
     ),
 }  # fmt: skip
