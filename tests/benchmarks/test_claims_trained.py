@@ -90,7 +90,7 @@ def test_each_of_the_sources_claims_and_each_follower_has_a_line() -> None:
 
 @pytest.mark.parametrize("title", ["SAMRadius", 'WeightDecay("delay")', "Dither"])
 def test_a_trial_repeats_and_its_two_sides_differ(title: str) -> None:
-    (claim,) = (claim for claim in followers.CLAIMS if claim.title.startswith(title))
+    claim = next(claim for claim in followers.CLAIMS if claim.title.startswith(title))
     first = claim.trial(0, True)
     assert math.isfinite(claim.effect(first)) and claim.effect(first) != 0.0
     assert claim.trial(0, True) == first
