@@ -106,6 +106,8 @@ def test_a_rank_may_run_out_of_batches_after_warmup_alone(results: dict[str, Ran
     first, second = ranks(results, "join_after_warmup")
     assert first["phase"] == second["phase"] == "done" and (first["steps"], second["steps"]) == (5, 6)
     assert first["weights"] == second["weights"]
+
+
 def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks]) -> None:
     """It stayed at 1 %: double backward does not go through sharded modules."""
     first, second = ranks(results, "fsdp_backward")
