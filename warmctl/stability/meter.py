@@ -268,14 +268,8 @@ class Meter:
 
     def _say_silent(self, scale: float) -> None:
         """Once, and not where `Sources.missing` has said it."""
-        if scale < SILENT_SCALE and "silent" not in self._said:
-            run = self.sources.closure.run
-            if run is not None and run.skipped:
-                cause = NO_BACKWARD_IN_CLOSURE
-            elif self.counts.probes:
-                cause = NOT_AGAIN
-            else:
-                return
+        cause = _cause_of_silence(self.sources, self.counts.probes)
+        if cause and scale < SILENT_SCALE and "silent" not in self._said:
             self._said.add("silent")
             warn(SILENT.format(steps=SILENT_STEPS, scale=scale, cause=cause))
 
@@ -306,3 +300,8 @@ class Meter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_update": None, "_before": None}
+
+
+def _cause_of_silence(sources: Sources, probes: float) -> str:
+    run = sources.closure.run
+    return NO_BACKWARD_IN_CLOSURE if run is not None and run.skipped else NOT_AGAIN if probes else ""
