@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.launch import from_all_ranks
-from tests.distributed.worker import Regressor, full_weights, own, shard
+from tests.distributed.regression import Regressor, full_weights, own
+from tests.distributed.worker import shard
 from tests.faults.harness import FAULTS
 from warmctl import AdaptiveWarmup
 

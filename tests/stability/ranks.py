@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.launch import from_all_ranks
-from tests.distributed.worker import Regressor, build, own
+from tests.distributed.regression import Regressor, build, own
 from warmctl import AdaptiveWarmup
 from warmctl.stability.signals import Signals
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.launch import launch, needs_gloo
-from tests.distributed.worker import batch, build
+from tests.distributed.regression import batch, build
 from tests.stability.ranks import LATER, SAVED_AT, STEPS, rule
 from tests.stability.snapshots import Snapshots
 from warmctl.stability.signals import StepSignals

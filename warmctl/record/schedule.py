@@ -29,7 +29,8 @@ class RecordedWarmup:
     >>> recorded = opt.history.schedule("warmup.json")
     >>> again = torch.optim.SGD(model.parameters(), lr=30.0)
     >>> scheduler = RecordedWarmup.load("warmup.json").scheduler(again, decay=lambda step: 0.999**step)
-    >>> again.param_groups[0]["lr"] == opt.history[0]["lr"]
+    >>> applied = opt.history["lr"]
+    >>> scheduler.get_last_lr() == [applied[0]]
     True
 
     It belongs to the model, the batch size, the optimizer and the peak rate it was recorded with. After the last
