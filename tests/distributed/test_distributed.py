@@ -127,3 +127,10 @@ def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> No
     for found in ranks(results, "fsdp1"):
         assert len(found["said"]) == 3
         assert all("FSDP1" in words and "FSDP2" in words and "DDP" in words for words in found["said"])
+
+
+def test_tensor_parallel_layers_are_measured_as_one_process_does(results: dict[str, Ranks]) -> None:
+    first, second = ranks(results, "tensor_parallel")
+    assert first["decisions"] == second["decisions"] and first["weights"] == second["weights"]
+    assert first["probes"] == 6 and not first["failures"]
+    assert first["sharpness"] == pytest.approx(first["expected"], rel=1e-5)

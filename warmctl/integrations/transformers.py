@@ -22,7 +22,10 @@ from warmctl.optimizer import AdaptiveWarmup
 from warmctl.proxy import OptimizerProxy
 from warmctl.warning import warn
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 TWICE = (
     "warmctl: {name}={value:g} is left in TrainingArguments: the Trainer's linear warmup multiplies AdaptiveWarmup's "
@@ -124,5 +127,5 @@ def _warn_of_another_warmup(trainer: Trainer) -> None:
     name = next((n for n in ("warmup_steps", "warmup_ratio") if getattr(trainer.args, n, 0)), None)
     if name is None or trainer.lr_scheduler is not None or getattr(trainer, "_warned_of_warmup", False):
         return
-    trainer._warned_of_warmup = True
+    vars(trainer)["_warned_of_warmup"] = True
     warn(TWICE.format(name=name, value=getattr(trainer.args, name)))
