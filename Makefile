@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BENCHMARKS := replaces_tuned_warmup defaults_are_measured tracks_sharpness edge_of_stability costs_what_it_says \
-  published_recipes
+  published_recipes what_is_said_of_warmup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict warmctl
 	$(VENV)/bin/lint-imports
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.bench
 	@set -e; for name in $(BENCHMARKS); do (set -x; $(RUN) -m benchmarks.$$name --quick $(ARGS)); done

@@ -85,7 +85,7 @@ def level(loss: float | None, start: float) -> float:
 @lru_cache
 def code() -> str:
     """Of the rules."""
-    folder = Path(warmctl.__file__).parent / "diagnose"
+    folder = Path(warmctl.__file__).parent / "diagnosis"
     return digest("".join(bare(file.read_text()) for file in sorted(folder.glob("*.py"))))
 
 

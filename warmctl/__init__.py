@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         stability_threshold as stability_threshold,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "curvature.eigen": ("EigenResult", "lanczos", "power_iteration"),

@@ -229,7 +229,10 @@ def _read(numbers: Any) -> list[float]:
         raise ValueError(f"{NUMBERS} in the state dict must be a tensor of numbers, got {type(numbers).__name__}")
     version, *values = (float(value) for value in numbers.tolist())
     if version != FORMAT:
-        raise ValueError(f"this checkpoint has warmctl's state in format {version:g}; this version reads {FORMAT:g}")
+        raise ValueError(
+            f"this checkpoint has warmctl's state in format {version:g}; this version reads {FORMAT:g}. To load the "
+            f'optimizer\'s own state alone and begin warmup again, first del state_dict["param_groups"][0]["{NUMBERS}"]'
+        )
     return values
 
 

@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -139,6 +140,12 @@ def meet(place: str) -> None:
     """Before a collective inside a transaction: go on once every rank has come to the same place."""
     if _here.meeting is not None:
         _here.meeting.at(place)
+
+
+def meeting(place: str) -> Callable[[], None]:
+    """`meet`, to be called in whatever thread: a device's backward pass has one of its own."""
+    here = _here.meeting
+    return (lambda: None) if here is None else partial(here.at, place)
 
 
 def begin_evaluation() -> None:

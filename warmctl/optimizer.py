@@ -178,6 +178,7 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
+        self.meter.check_even(before)
         self.counts.steps += 1
         self.counts.gradients += (evaluations := self.sources.evaluations)
         if self.sources.nonfinite.look(loss, params):
@@ -188,8 +189,7 @@ class AdaptiveWarmup(OptimizerProxy):
         warming = self.phase == "warmup"
         value, norm, slope, finite = self._signals.read(loss, params, warming and self.cadence.asks_slope())
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
-        # Why to probe, or "". It also takes loss and norm into the averages that `surprise` compares with.
-        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)
+        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)  # why to probe, or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         self.sources.nonfinite.make(finite)

@@ -9,13 +9,14 @@ from benchmarks.defaults_are_measured.figure import draw
 from benchmarks.defaults_are_measured.trials import RATES, Cell, Trial
 from benchmarks.defaults_are_measured.variants import DEFAULT, NOISE, VARIANTS
 from benchmarks.harness.results import Results, Row, console, table
+from benchmarks.tasks.report import SOFT
 
 
 def compare(wanted: Sequence[Trial], rows: dict[str, Row]) -> list[Row]:
     """One line a variant that has a row in every cell where the default has one."""
     found: dict[str, dict[Cell, Row]] = {}
     for trial in wanted:
-        row = rows.get(trial._replace(variant=trial.source).key)
+        row = rows.get(trial.key)
         if row is not None:
             found.setdefault(trial.variant, {})[trial.cell] = row
     default = found.get(DEFAULT, {})
@@ -23,7 +24,7 @@ def compare(wanted: Sequence[Trial], rows: dict[str, Row]) -> list[Row]:
 
 
 def line(name: str, cells: dict[Cell, Row], default: dict[Cell, Row]) -> Row:
-    logs = {cell: math.log(cells[cell]["loss"] / row["loss"]) for cell, row in default.items()}
+    logs = {cell: score(cells[cell]) - score(row) for cell, row in default.items()}
     worst = max(logs, key=logs.__getitem__)
     by_rate = {rate: [log for cell, log in logs.items() if cell[1] == rate] for rate in RATES}
     return {
@@ -31,14 +32,28 @@ def line(name: str, cells: dict[Cell, Row], default: dict[Cell, Row]) -> Row:
         "variant": name,
         **{rate: mean(values) for rate, values in by_rate.items() if values},
         "all": mean(logs.values()),
-        "worst": f"{logs[worst]:+.2f} {worst[0]} {worst[1]}" if name != DEFAULT else "",
-        "train": mean(math.log(cells[cell]["train_loss"] / row["train_loss"]) for cell, row in default.items()),
+        "error": math.sqrt(variance(logs.values()) / len(logs)),
+        "worst": f"{logs[worst]:+.2f} task {worst[0]} {worst[1]}" if name != DEFAULT else "",
         "better": sum(log < 0 for log in logs.values()),
         "cells": len(logs),
-        "failed": sum(cells[cell]["failed"] for cell in default),
+        "failed": sum(failed(cells[cell]) for cell in default),
         "evals": mean(cells[cell]["overhead"] for cell in default),
         "rms": math.sqrt(mean(log * log for log in logs.values())),
     }
+
+
+def score(row: Row) -> float:
+    """log(loss + f), f as in `benchmarks.tasks`; a run that ended above its start counts as the start."""
+    return math.log((row["start"] if failed(row) else row["loss"]) + SOFT * row["start"])
+
+
+def failed(row: Row) -> bool:
+    return row["loss"] is None or row["loss"] > row["start"]
+
+
+def variance(values: Iterable[float]) -> float:
+    listed = list(values)
+    return mean((value - mean(listed)) ** 2 for value in listed)
 
 
 def noise(lines: Sequence[Row]) -> float:
@@ -58,17 +73,15 @@ def report(wanted: Sequence[Trial], results: Results) -> None:
     if not lines:
         console.print("the default has no row yet")
         return
-    cells, steps = lines[0]["cells"], wanted[0].job.steps
-    form = {"group": "{}", "variant": "{}", **dict.fromkeys((*RATES, "all"), "{:+.3f}"), "worst": "{}"}
-    form |= {"train": "{:+.3f}", "better": "{}", "failed": "{}", "evals": "{:.1%}"}
+    cells, steps = lines[0]["cells"], wanted[0].steps
+    form = {"group": "{}", "variant": "{}", **dict.fromkeys((*RATES, "all", "error"), "{:+.3f}"), "worst": "{}"}
+    form |= {"better": "{}", "failed": "{}", "evals": "{:.1%}"}
     shown = {key: value for key, value in form.items() if key in lines[0]}
     table(f"log(loss / the default's), {cells} cells, {steps} updates; below 0 better", lines, shown)
     console.print(
-        "all, worst: mean and worst cell; train: of the mean training loss; better: cells below 0; failed: of"
+        "all, error: mean over cells and its standard error; worst: cell; better: cells below 0; failed: of runs;"
     )
-    console.print(
-        "runs; evals: gradient evaluations beyond training's. Identical rows: the choice had no effect there."
-    )
+    console.print("evals: gradient evaluations beyond training's. Identical rows: the choice had no effect there.")
     summary = {"lines": lines} | print_noise(lines)
     missing = sorted({t.variant for t in wanted} - {each["variant"] for each in lines}, key=list(VARIANTS).index)
     if missing:

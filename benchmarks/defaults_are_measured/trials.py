@@ -1,4 +1,4 @@
-"""Variants on the development problems, a row each."""
+"""Variants on tasks drawn at random, a row each."""
 
 from __future__ import annotations
 
@@ -7,72 +7,71 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from benchmarks.defaults_are_measured.variants import DEFAULT, VARIANTS
-from benchmarks.harness import runs
+from benchmarks.defaults_are_measured.variants import VARIANTS
 from benchmarks.harness.jobs import measured
-from benchmarks.harness.policies import uses_adam
-from benchmarks.harness.problems import PROBLEMS, half_decades
 from benchmarks.harness.results import Results, Row, console
-from benchmarks.harness.runs import Job
+from benchmarks.tasks import runs
+from benchmarks.tasks.policies import OURS
+from benchmarks.tasks.runs import Job
+from benchmarks.tasks.tasks import CENTRE
 
-RATES = ("tuned", "3x", "10x")
-Cell = tuple[str, str, int]
-"""Problem, one of RATES, seed."""
+RATES = {"1x": CENTRE, "10x": CENTRE + 2}
+"""Peak rates, relative to the one at which 40 updates at a constant rate do best."""
+Cell = tuple[int, str]
+"""Task and one of RATES."""
 
 
 class Trial(NamedTuple):
     variant: str
-    job: Job
+    task: int
     rate: str  # of RATES
+    steps: int
 
     @property
     def key(self) -> str:
-        return f"{self.variant}|{self.job.problem}|{self.job.lr:g}|{self.job.seed}"
+        return f"{self.variant}|{self.task}|{self.rate}"
 
     @property
     def cell(self) -> Cell:
-        return self.job.problem, self.rate, self.job.seed
+        return self.task, self.rate
 
     @property
-    def source(self) -> str:
-        """The variant that this trial is in fact."""
-        same = VARIANTS[self.variant].adam_only and not uses_adam(PROBLEMS[self.job.problem])
-        return DEFAULT if same else self.variant
+    def job(self) -> Job:
+        return Job(self.task, RATES[self.rate], OURS, self.steps, 0)
 
 
 @lru_cache
 def code(trial: Trial) -> str:
-    return f"{runs.code(trial.job)}+{VARIANTS[trial.source].code()}"
+    return f"{runs.code(trial.job)}+{VARIANTS[trial.variant].code()}"
 
 
 def measure(trial: Trial) -> Row:
     row = runs.measure(trial.job, VARIANTS[trial.variant])
-    return {**row, "variant": trial.variant, "rate": trial.rate, "key": trial.key, "code": code(trial)}
+    return {**row, "variant": trial.variant, "key": trial.key, "code": code(trial)}
 
 
-def trials(names: Iterable[str], seeds: int, steps: int, quick: bool) -> list[Trial]:
-    """Seed by seed, variant by variant in the order of the list, so that an unfinished run has whole variants."""
+def trials(tasks: Iterable[int], steps: int, quick: bool) -> list[Trial]:
+    """Variant by variant in the order of the list, so that an unfinished run has whole variants."""
+    tasks = list(tasks)
     return [
-        Trial(variant, Job(name, "warmctl", half_decades(PROBLEMS[name].tuned_lr)[i], seed, steps), rate)
-        for seed in range(seeds)
+        Trial(variant, task, rate, steps)
         for variant, what in VARIANTS.items()
         if what.quick or not quick
-        for name in names
-        for i, rate in enumerate(RATES)
-        if rate == RATES[-1] or not quick
+        for task in tasks
+        for rate in RATES
     ]
 
 
 def run(wanted: Sequence[Trial], results: Results, workers: int) -> None:
     """Do what the file does not have yet: the variants of the quick run first, the dearest last."""
     for trial in wanted:
-        code(trial)  # now, while the files are those that were imported; makes the data too
-    todo = [t for t in wanted if t.source == t.variant and (results.get(t.key) or {}).get("code") != code(t)]
-    todo.sort(key=lambda t: (t.job.seed, not VARIANTS[t.variant].quick, VARIANTS[t.variant].options.get("every") == 1))
+        code(trial)  # now, while the files are those that were imported
+    todo = [t for t in wanted if (results.get(t.key) or {}).get("code") != code(t)]
+    todo.sort(key=lambda t: (not VARIANTS[t.variant].quick, VARIANTS[t.variant].options.get("every") == 1))
     start = time.perf_counter()
     for done, row in enumerate(measured(todo, workers, measure), 1):
         results.add(row["key"], row)
-        if done % 30 == 0 or done == len(todo):
+        if done % 100 == 0 or done == len(todo):
             spent = (time.perf_counter() - start) / 60
             left = spent / done * (len(todo) - done)
             console.print(f"{done} of {len(todo)} runs, {spent:.1f} min, about {left:.0f} to go; now {row['variant']}")

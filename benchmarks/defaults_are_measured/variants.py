@@ -33,7 +33,6 @@ class Variant:
 
     Attributes:
         parts: attribute of the wrapper, its controller or its meter -> the subclass that takes its place.
-        adam_only: with other rules it is the default, whose rows it takes.
         quick: part of the quick run.
     """
 
@@ -41,7 +40,6 @@ class Variant:
     options: Row = field(default_factory=dict)
     parts: dict[str, type] = field(default_factory=dict)
     wrapper: type[AdaptiveWarmup] = AdaptiveWarmup
-    adam_only: bool = False
     quick: bool = False
 
     def __call__(self, optimizer: Optimizer, model: nn.Module) -> AdaptiveWarmup:
@@ -102,7 +100,7 @@ VARIANTS = {
     "1 product (fresh quotient)": Variant("products", {"probe_steps": 1}, quick=True),
     "3 products (Krylov)": Variant("products", {"probe_steps": 3}),
     "5 products (Krylov)": Variant("products", {"probe_steps": 5}),
-    "raw: one P for all": Variant("coordinates", parts={"estimator": Raw}, adam_only=True, quick=True),
+    "raw: one P for all": Variant("coordinates", parts={"estimator": Raw}, quick=True),
     "guard only cuts": Variant("after", parts={"controller": decisions.OnlyCuts}),
     "hold": Variant("after", {"after": "hold"}),
     "release": Variant("after", {"after": "release"}),

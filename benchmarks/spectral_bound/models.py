@@ -106,6 +106,31 @@ def bag_of_tokens() -> nn.Module:
     )  # fmt: skip
 
 
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    return nn.Sequential(nn.Embedding(7, 6), Positions(5, 6), layer, nn.LayerNorm(6), nn.Linear(6, 3))
+
+
+class Attending(nn.Module):
+    """Causal attention in three ways: a module, a function, and written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.inputs, self.written, self.head = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(4, 3)
+        self.later: Tensor
+        self.register_buffer("later", torch.ones(4, 4, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.module(x, x, x)[0]
+        q, k, v = self.inputs(x).chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = self.written(x).split(4, dim=-1)
+        weights = torch.softmax((q @ k.transpose(-2, -1) / 2).masked_fill(self.later, -torch.inf), -1)
+        y: Tensor = self.head(x + weights @ v)
+        return y
+
+
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
@@ -122,6 +147,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "batch and group norm": (batch_norm_net, lambda: (rows(10, 2, 9), classes(10))),
     "residual, pre-norm": (residual_net, lambda: (rows(24, 5), classes(24))),
     "embedding": (bag_of_tokens, lambda: (torch.randint(7, (16, 6)), classes(16))),
+    "transformer layer": (transformer, lambda: (torch.randint(7, (6, 5)), classes(6, 5))),
+    "attention, three ways": (Attending, lambda: (rows(5, 4, 4), classes(5, 4))),
     "gate, mean, concatenation": (Gated, lambda: (rows(16, 5, 4), rows(16, 3))),
 }
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.tasks run --tasks 40                     development seeds; goes on after a kill
     python -m benchmarks.tasks run --tasks 40 --policy warmctl    only some policies
+    python -m benchmarks.tasks fresh --tasks 40                   both sides again on runs that picked nothing
     python -m benchmarks.tasks report                             tables and figure from the rows there are
 
 `--split test` is for a law that is finished; each look is written to looks.txt beside the rows.
@@ -65,6 +66,32 @@ def run(
     chosen = [p for name in policy or POLICIES for p in (LINEAR if name == "linear" else (name,))]
     seeds = (TEST if split == "test" else DEVELOPMENT)[first : first + tasks]
     runs.run(jobs(seeds, chosen, steps, run_seeds), path, workers)
+
+
+@app.command()
+def fresh(
+    tasks: int = 100,
+    first: int = 0,
+    policy: str = OURS,
+    relative: Annotated[list[int], typer.Option(help="Half decades above the best rate.")] = [0, 2],  # noqa: B006
+    steps: int = 400,
+    runs_each: int = 2,
+    workers: int = 1,
+    split: Split = "development",
+    rows: Rows = FOLDER,
+) -> None:
+    """Train what the first runs have picked, and a policy beside it, on weights and batches of their own."""
+    path = rows_file(rows, split)
+    seeds = (TEST if split == "test" else DEVELOPMENT)[first : first + tasks]
+    made = []
+    for t in reports.gather(r for r in runs.load(path).values() if r["steps"] == steps and r["run"] == 0):
+        cells = [(t.oracle(t.best), t.best), *((policy, t.best + k) for k in relative)]
+        if t.seed in seeds:
+            made += [
+                runs.Job(t.seed, rate, name, steps, run)
+                for run in range(1, runs_each + 1) for name, rate in cells if 0 <= rate < RATES
+            ]  # fmt: skip
+    runs.run(made, path, workers)
 
 
 @app.command()

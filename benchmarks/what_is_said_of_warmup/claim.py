@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 Figures = Mapping[str, float]
 """What a trial measured, by name; the same names for each seed."""
@@ -40,11 +42,13 @@ HOLDS, NOT_HERE, REVERSE = "holds", "does not at this size", "the reverse"
 
 
 def interval(effects: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % bootstrap interval."""
+    """Mean over seeds and its 95 % interval by Student's t: a bootstrap of five is too narrow. One seed has none."""
     values = np.asarray(effects, dtype=float)
-    draws = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return mean, -math.inf, math.inf
+    half = float(stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count))
+    return mean, mean - half, mean + half
 
 
 def verdict(effects: Sequence[float], margin: float) -> str:

@@ -13,7 +13,6 @@ from benchmarks.defaults_are_measured import decisions, readings
 from benchmarks.defaults_are_measured.table import compare
 from benchmarks.defaults_are_measured.trials import Trial, trials
 from benchmarks.defaults_are_measured.variants import DEFAULT, VARIANTS
-from benchmarks.harness.runs import Job
 from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
@@ -265,25 +264,26 @@ def test_what_the_slope_does(variant: str, mean: float, allowed: float) -> None:
 # -- the table ------------------------------------------------------------------------------------------------
 
 
+def row(loss: float | None, start: float = 100.0) -> dict[str, Any]:
+    return {"loss": loss, "start": start, "overhead": 0.1}
+
+
 def test_lines_are_mean_logs_against_the_default_cell_by_cell() -> None:
-    wanted = [t for t in trials(["cnn"], 1, 400, False) if t.variant in (DEFAULT, "hold", "raw: one P for all")]
-    losses = {DEFAULT: (1.0, 2.0, 3.0), "hold": (math.e, 2.0, 3.0 * math.e**-2)}
-    rows = {
-        t.key: {"loss": losses[t.variant][i % 3], "train_loss": 1.0, "failed": i == 3, "overhead": 0.1}
-        for i, t in enumerate([t for t in wanted if t.variant in losses])
-    }
-    default, raw, hold = compare(wanted, rows)
-    assert (hold["tuned"], hold["3x"], hold["10x"]) == pytest.approx((1.0, 0.0, -2.0))
-    assert hold["all"] == pytest.approx(-1 / 3) and hold["failed"] == 1 and hold["worst"].startswith("+1.00 cnn tuned")
-    assert raw["all"] == default["all"] == 0.0  # momentum: the rows of the default
+    wanted = [t for t in trials([0, 1], 400, False) if t.variant in (DEFAULT, "hold")]
+    losses = {DEFAULT: (8.0, 18.0, 98.0, 8.0), "hold": (8.0, 8.0, None, 18.0)}
+    rows = {t.key: row(losses[t.variant][i % 4]) for i, t in enumerate(wanted)}
+    default, hold = compare(wanted, rows)
+    assert hold["1x"] == pytest.approx((math.log(1.0) + math.log(102 / 100)) / 2)
+    assert hold["10x"] == pytest.approx((math.log(10 / 20) + math.log(20 / 10)) / 2, abs=1e-12)
+    assert hold["failed"] == 1 and hold["better"] == 1 and hold["worst"].startswith("+0.69 task 1 10x")
+    assert default["all"] == default["error"] == 0.0
 
 
 def test_a_variant_that_lacks_a_cell_is_left_out() -> None:
-    wanted = trials(["cnn"], 1, 400, False)
-    row = {"loss": 1.0, "train_loss": 1.0, "failed": False, "overhead": 0.1}
-    rows = {t.key: row for t in wanted if t.variant in (DEFAULT, "hold")}
-    rows.pop(Trial("hold", Job("cnn", "warmctl", 1.0, 0, 400), "10x").key)
-    assert [line["variant"] for line in compare(wanted, rows)] == [DEFAULT, "raw: one P for all"]
+    wanted = trials([0], 400, False)
+    rows = {t.key: row(1.0) for t in wanted if t.variant in (DEFAULT, "hold")}
+    rows.pop(Trial("hold", 0, "10x", 400).key)
+    assert [line["variant"] for line in compare(wanted, rows)] == [DEFAULT]
 
 
 def test_code_differs_between_variants_and_not_between_calls() -> None:

@@ -194,6 +194,18 @@ def test_a_task_without_all_schedules_is_left_out() -> None:
     assert [t.seed for t in report.gather(whole + partial)] == [0]
 
 
+def test_fresh_runs_are_held_against_what_the_first_run_picked() -> None:
+    first = rows(0, {**HAND, "warmctl": [1.5, 1.1, 1.2, 1.3]})  # picks linear-0% at rate 1
+    again = {("linear-0%", 1): 1.2, ("warmctl", 1): 1.1, ("warmctl", 3): None, ("linear-20%", 2): 0.1}
+    for (policy, rate), loss in again.items():
+        first.append({**first[0], "run": 1, "policy": policy, "rate": rate, "loss": loss})
+    ((at_best,),) = report.fresh_regrets(first, "warmctl", 0)
+    assert at_best == pytest.approx(math.log((1.1 + 0.04) / (1.2 + 0.04)))
+    ((above,),) = report.fresh_regrets(first, "warmctl", 2)
+    assert above == pytest.approx(math.log((2.0 + 0.04) / (1.2 + 0.04)))
+    assert report.fresh_regrets(first, "warmctl", 1) == []
+
+
 def test_ranks_and_price() -> None:
     found = report.gather(rows(0, {**HAND, "warmctl": [1.5, 0.5, 0.5, 0.5]}))
     ranks, cells = report.mean_ranks(found, ["linear-0%", "linear-20%", "warmctl"], (-1, 0))

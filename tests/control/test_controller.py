@@ -296,3 +296,51 @@ def test_a_surprising_gradient_near_the_edge_shortens_the_step_for_a_while() -> 
     assert wild.applied == pytest.approx(0.1)
     scales = [wild.update(1.0).scale for _ in range(20)]
     assert scales[1] == pytest.approx(1.4**2 * 0.1) and scales[-1] == 1.0
+
+
+# -- what changes in mid-run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [30, 250])
+def test_a_task_that_becomes_harder_is_met_at_the_next_probe_and_warmup_still_ends(at: int) -> None:
+    """Curvature rises a hundredfold at one step, in warmup or after it, and the gradient norm with it."""
+    record = simulate(lambda t: 0.4 if t < at else 40.0, Controller(0.5), "auto", steps=3000)
+    late = [d.scale * true for true, _, d in record[at - 1 :]]
+    assert late[0] <= 0.5 * (1 + 1e-9), "the step that shows it is probed itself"
+    assert max(late) <= 0.5 * (1 + 1e-9)
+    assert record[-1][2].phase == "guard" and record[-1][2].scale == pytest.approx(0.5 / 40, rel=0.15)
+
+
+def test_a_task_that_becomes_easier_again_gives_the_scale_back() -> None:
+    record = simulate(lambda t: 4.0 if 200 <= t < 300 else 0.4, Controller(0.5), "auto", steps=3000)
+    assert record[210][2].scale <= 0.125 * (1 + 1e-9)
+    assert record[-1][2].scale == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("growth", [0.25, 4.0])
+def test_another_batch_size_is_no_reason_to_run_away_or_to_collapse(growth: float) -> None:
+    """The noise of readings and slopes changes with the batch, their mean does not."""
+    draw = random.Random(0)
+    controller, scales = Controller(0.5), []
+    for t in range(1, 1200):
+        spread = 0.5 if t < 150 else 0.5 / growth**0.5
+        reading = Reading(2.0 * math.exp(spread * draw.gauss(0, 1)), noisy=True) if t % 10 == 1 else None
+        slope = min(max(0.05 + spread * draw.gauss(0, 1), -1.0), 1.0)
+        decision = controller.update(1.0, reading, slope)
+        if decision.phase == "warmup":
+            controller.changed(0.05 * decision.scale, decision.scale)
+        scales.append(decision.scale)
+    off = max(abs(math.log(scale / 0.25)) for scale in scales[150:])
+    assert off < 2.0 * max(0.5, 0.5 / growth**0.5), "within two standard deviations of a reading, in log"
+    assert controller.phase == "guard"
+
+
+def test_a_restart_in_mid_run_is_a_warmup_of_its_own() -> None:
+    controller = Controller(0.5)
+    before = simulate(CURVES["falling"], controller)
+    assert controller.phase == "guard"
+    controller.restart()
+    again = simulate(CURVES["adaptive start"], controller)
+    assert again[0][2].scale < 0.01 < before[-1][2].scale
+    assert all(d.scale * true <= 0.5 * (1 + 1e-9) for true, _, d in again)
+    assert controller.phase == "guard" and again[-1][2].scale > 0.9

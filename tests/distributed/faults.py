@@ -1,4 +1,4 @@
-"""Probes that go wrong on one rank. Run by test_faults.py with torchrun; rank 0 prints a line of JSON.
+"""Probes that go wrong on one rank, launched by test_faults.py.
 
 Every case trains under DDP or FSDP2 on different rows on each rank, while the last rank's probes fail as the case says.
 """
@@ -6,12 +6,7 @@ Every case trains under DDP or FSDP2 on different rows on each rank, while the l
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import sys
 import traceback
-import warnings
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,12 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.launch import from_all_ranks
 from tests.distributed.worker import Regressor, full_weights, own, shard
+from tests.faults.harness import FAULTS
 from warmctl import AdaptiveWarmup
 
 STEPS = 5
 SOURCES = ("closure", "captured", "observed", "backward")
 ERRORS = ("RuntimeError", "OutOfMemoryError", "KeyError", "nan")
+BACKWARD = "backward:"
+"""Before the name of a fault: it happens between two units of the backward pass."""
+IN_BACKWARD = ("RuntimeError", "OutOfMemoryError", "MemoryError", "StopIteration", "no words", "nan")
+FAILING = {"1,2": {0: 1, 2: 2}, "2,1": {0: 2, 2: 1}, "always": dict.fromkeys(range(STEPS), 1)}
+"""The evaluation that goes wrong, by step: in the first probe and in a later one, after one that was good."""
 
 
 class Faulty(Regressor):
@@ -48,32 +50,29 @@ class Faulty(Regressor):
         return out if self.on_graph else {"loss": nn.functional.mse_loss(out, y)}  # or the loss would be captured
 
     def go_wrong(self, out: Tensor, evaluation: int) -> Tensor:
-        if self.on_graph:
-            result: Tensor = Once.apply(out, self)
+        if self.on_graph or self.error.startswith(BACKWARD):
+            result: Tensor = Once.apply(out, self, evaluation)
             return result
-        if 0 < self.fails_at == evaluation:
-            return self.fault(out)
-        return out
+        return self.fault(out, evaluation)
 
-    def fault(self, out: Tensor) -> Tensor:
-        if self.error == "nan":
-            return out * float("nan")
-        kind = {"RuntimeError": RuntimeError, "KeyError": KeyError}.get(self.error, torch.OutOfMemoryError)
-        raise kind("no such thing")
+    def fault(self, out: Tensor, evaluation: int) -> Tensor:
+        return FAULTS[self.error.removeprefix(BACKWARD)](self, out) if 0 < self.fails_at == evaluation else out
 
 
 class Once(torch.autograd.Function):
-    """The identity, whose second derivative may go wrong."""
+    """The identity, whose first or second derivative may go wrong."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: Faulty) -> Tensor:
-        ctx.owner = owner
+    def forward(ctx: Any, x: Tensor, owner: Faulty, evaluation: int) -> Tensor:
+        ctx.owner, ctx.evaluation = owner, evaluation
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        result: Tensor = Twice.apply(gradient, ctx.owner)
-        return result, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.owner.on_graph:
+            result: Tensor = Twice.apply(gradient, ctx.owner)
+            return result, None, None
+        return ctx.owner.fault(gradient, ctx.evaluation), None, None
 
 
 class Twice(torch.autograd.Function):
@@ -84,11 +83,11 @@ class Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (ctx.owner.fault(gradient) if ctx.owner.fails_at > 0 else gradient), None
+        return ctx.owner.fault(gradient, ctx.owner.fails_at), None
 
 
-def train(source: str, error: str, at: tuple[int, ...], evaluation: int, place: str, probed: bool = True) -> Any:
-    """Rates and weights of every rank, and why its probes failed. `at`: the steps at which the last rank's fail."""
+def train(source: str, error: str, failing: dict[int, int], place: str, probed: bool = True) -> Any:
+    """Rates and weights of every rank, and why its probes failed. `failing`: as in FAILING, on the last rank."""
     torch.manual_seed(0)
     model = Faulty(error).double()
     model.on_graph = source == "backward"
@@ -99,7 +98,7 @@ def train(source: str, error: str, at: tuple[int, ...], evaluation: int, place: 
     opt: Any = AdaptiveWarmup(base, known, every=1, control=False, **options) if probed else base
     last = dist.get_rank() == dist.get_world_size() - 1
     for step in range(STEPS):
-        model.seen, model.fails_at = 0, evaluation if last and step in at else -1
+        model.seen, model.fails_at = 0, failing.get(step, -1) if last else -1
         one_step(outer, opt, own(step), source if probed else "captured")
     rows = list(opt.history) if probed else []
     return {
@@ -127,44 +126,29 @@ def one_step(model: nn.Module, opt: Any, batch: tuple[Tensor, Tensor], source: s
     opt.step()
 
 
-def cases() -> dict[str, tuple[Any, ...]]:
+def cases(place: str) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
-    for place, source, error in itertools.product(("ddp", "fsdp"), SOURCES, ERRORS):
-        if place == "fsdp" and source == "backward":  # sharded parameters have no exact product
-            continue
-        for name, at in (("first", (0,)), ("later", (2,)), ("all", tuple(range(STEPS)))):
-            for evaluation in (1, 2) if source != "backward" else (1,):
-                found[f"{place} {source} {error} {name} {evaluation}"] = (source, error, at, evaluation, place)
+    for source, error, (name, failing) in itertools.product(SOURCES, ERRORS, FAILING.items()):
+        if source != "backward" or (place == "ddp" and name != "2,1"):  # no exact product of shards; one evaluation
+            found[f"{place} {source} {error} {name}"] = (source, error, failing, place)
+    for error in IN_BACKWARD:
+        name = f"{place} closure {BACKWARD}{error.replace(' ', '_')} 1,2"
+        found[name] = "closure", BACKWARD + error, FAILING["1,2"], place
     return found
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    results: dict[str, Any] = {}
-    words = set(sys.argv[1:]) - {"quick"}
-    wanted = [name for name in cases() if words <= set(name.split())]
-    if "quick" in sys.argv:
-        wanted = [name for name in wanted if "all" not in name.split() and "KeyError" not in name.split()]
-    for name in wanted:
-        try:
-            found: Any = train(*cases()[name])
-        except Exception:  # reported to the test, which fails with it
-            found = {"error": traceback.format_exc()}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, found)
-        results[name] = ranks
-    for place in {cases()[name][4] for name in wanted}:
-        for source in SOURCES:
-            if place == "ddp" or source != "backward":
-                results[f"bare {place} {source}"] = [train(source, "", (), 0, place, probed=False)]
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # the interpreter's own end, with gloo's threads still there, aborts now and then
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str]) -> dict[str, list[Any]]:
+    """Args: the places, and after a minus what to leave out."""
+    results: dict[str, list[Any]] = {}
+    for place in (word for word in arguments if not word.startswith("-")):
+        for name, case in cases(place).items():
+            if any(f"-{word}" in arguments for word in name.split()):
+                continue
+            try:
+                found: Any = train(*case)
+            except Exception:  # reported to the test, which fails with it
+                found = {"error": traceback.format_exc()}
+            results[name] = from_all_ranks(found)
+        for source in SOURCES[: 4 if place == "ddp" else 3]:
+            results[f"bare {place} {source}"] = [train(source, "", {}, place, probed=False)]
+    return results

@@ -1,39 +1,20 @@
-"""Real processes: torchrun starts two ranks of worker.py once; each test reads one check."""
+"""Real processes: two ranks of worker.py are launched once; each test reads one check."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed
+
+from tests.distributed.launch import launch, needs_gloo
 
 Ranks = list[dict[str, Any]]
-WORKER = Path(__file__).with_name("worker.py")
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Ranks]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(WORKER)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    found: dict[str, Ranks] = json.loads(lines[-1].removeprefix("RESULTS "))
+    found: dict[str, Ranks] = launch("tests.distributed.layouts", 2)  # and with it those of worker.py
     return found
 
 
@@ -58,6 +39,8 @@ TRAINED = [
 ]
 
 
+@pytest.mark.stack("DDP", "several processes")
+@pytest.mark.stack("FSDP2", "several processes")
 @pytest.mark.parametrize("name", TRAINED)
 def test_ranks_with_different_data_agree(results: dict[str, Ranks], name: str) -> None:
     """Identical decisions at every step, and identical weights at the end, to the last bit."""
@@ -92,6 +75,7 @@ def test_monitor_leaves_no_trace(results: dict[str, Ranks], name: str) -> None:
         assert found["equal"] and found["probes"] == 6 and not found["failures"]
 
 
+@pytest.mark.stack("FSDP2", "resume exact")
 def test_distributed_checkpoint_resumes_in_mid_warmup_bit_for_bit(results: dict[str, Ranks]) -> None:
     for found in ranks(results, "fsdp_checkpoint"):
         assert found["at_save"] == found["at_load"]
@@ -115,12 +99,21 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_a_failure_on_both(results: dic
     assert not first["probed"] and not second["probed"]
 
 
+def test_a_rank_may_run_out_of_batches_after_warmup_alone(results: dict[str, Ranks]) -> None:
+    """Before, all are told so at the first step, instead of waiting for each other."""
+    for found in ranks(results, "join_in_warmup"):
+        assert "as many batches" in found["said"] and found["equal"]
+    first, second = ranks(results, "join_after_warmup")
+    assert first["phase"] == second["phase"] == "done" and (first["steps"], second["steps"]) == (5, 6)
+    assert first["weights"] == second["weights"]
+
+
 def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks]) -> None:
     """It stayed at 1 %: double backward does not go through sharded modules."""
     first, second = ranks(results, "fsdp_backward")
     assert first["scales"] == second["scales"] and first["probes"] > 5 and not first["failures"]
     assert 0.02 <= max(first["scales"]) < 0.5  # at a rate that is far too high
-    assert max(first["losses"][-4:]) < 0.3 * first["losses"][0]
+    assert max(first["losses"][-4:]) < 0.4 * first["losses"][0]
 
 
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:

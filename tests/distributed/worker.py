@@ -1,4 +1,4 @@
-"""Checks that need several processes. Run by test_distributed.py; rank 0 prints a line of JSON.
+"""Checks that need several processes, launched by test_distributed.py.
 
 Every check runs on both ranks, on different halves of the same batches, and returns what each rank saw.
 A two-rank gradient is the mean of the halves' gradients: that of the whole
@@ -8,14 +8,10 @@ batch, which one process can measure alone.
 from __future__ import annotations
 
 import copy
-import json
-import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.launch import from_all_ranks
 from warmctl import AdaptiveWarmup, sharpness
 
 Check = Callable[[], dict[str, Any]]
@@ -259,77 +256,6 @@ def fsdp_captured() -> dict[str, Any]:
 
 
 @check
-def fsdp_backward() -> dict[str, Any]:
-    """The loss outside of the model, on its graph alone: measured along the update, with the next gradient."""
-    model = shard(build())
-    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=8.0, momentum=0.9), model)
-    for step in range(80):
-        x, y = own(step % 4)
-        opt.zero_grad()
-        opt.backward(nn.functional.mse_loss(Body(model)(x), y))
-        opt.step()
-    rows = list(opt.history)
-    return {
-        "scales": [row["scale"] for row in rows],
-        "losses": [row["loss"] for row in rows],
-        "probes": opt.metrics["probes"],
-        "failures": [row["reason"] for row in rows if "failed" in row["reason"]],
-    }
-
-
-class Body:
-    """The model's output alone, through the module that gathers its shards."""
-
-    def __init__(self, model: Regressor) -> None:
-        self.model = model
-
-    def __call__(self, x: Tensor) -> Tensor:
-        output: Tensor = self.model(x, None)["prediction"]
-        return output
-
-
-@check
-def fsdp1() -> dict[str, Any]:
-    """Refused, whichever comes first."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    said = []
-    for original in (False, True):
-        outer = FullyShardedDataParallel(build(), use_orig_params=original, device_id=torch.device("cpu"))
-        try:
-            AdaptiveWarmup(torch.optim.SGD(outer.parameters(), lr=0.1), outer)
-        except RuntimeError as error:
-            said.append(str(error))
-    model = build()
-    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    outer = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    outer(*own(0))["loss"].backward()
-    try:
-        opt.step()
-    except RuntimeError as error:
-        said.append(str(error))
-    return {"said": said}
-
-
-@check
-def tensor_parallel() -> dict[str, Any]:
-    """Both ranks see the whole batch; the layers are split between them."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    model = build()
-    expected = truth(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plan = {"body.0": ColwiseParallel(), "body.2": RowwiseParallel()}
-    parallelize_module(model, mesh, plan)
-    opt = wrap(model, model)
-    for step in range(STEPS):
-        opt.zero_grad()
-        model(*batch(step))["loss"].backward()
-        opt.step()
-    return seen(model, opt, expected)
-
-
-@check
 def fsdp_checkpoint() -> dict[str, Any]:
     """Saved after three steps by torch.distributed.checkpoint, loaded into another model, run on."""
 
@@ -408,25 +334,38 @@ def nan_on_one_rank() -> dict[str, Any]:
     return {"decisions": [(r["scale"], r["phase"]) for r in rows], "probed": any(r["hvps"] for r in rows)}
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results: dict[str, Any] = {}
-    for name, function in CHECKS.items():
-        if len(sys.argv) > 1 and name not in sys.argv[1:]:
-            continue
+@check
+def join_in_warmup() -> dict[str, Any]:
+    """A rank that runs out of batches would leave the others waiting."""
+    model = build()
+    opt, outer, said = wrap(model, model), DistributedDataParallel(model), ""
+    before = full_weights(model)
+    try:
+        with outer.join():
+            train(outer, opt, "captured", range(2 + dist.get_rank()))
+    except RuntimeError as error:
+        said = str(error)
+    return {"said": said, "equal": full_weights(model) == before}
+
+
+@check
+def join_after_warmup() -> dict[str, Any]:
+    model = build()
+    opt = wrap(model, model, max_warmup=2, after="release")
+    opt.param_groups[0]["lr"] = 0.05
+    outer = DistributedDataParallel(model)
+    train(outer, opt, "captured", range(3))
+    with outer.join():
+        train(outer, opt, "captured", range(3, 5 + dist.get_rank()))
+    return {"phase": opt.phase, "steps": opt.metrics["step"], "weights": full_weights(model)}
+
+
+def main(names: list[str]) -> dict[str, list[Any]]:
+    results = {}
+    for name in names or CHECKS:
         try:
-            found: Any = function()
+            found = CHECKS[name]()
         except Exception:  # reported to the test, which fails with it
             found = {"error": traceback.format_exc()}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, found)
-        results[name] = ranks
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        results[name] = from_all_ranks(found)
+    return results

@@ -200,6 +200,10 @@ def inside(value: Any) -> list[AdaptiveWarmup]:
     return [opt for opt in several if isinstance(opt, AdaptiveWarmup)]
 
 
+@pytest.mark.stack("plain PyTorch", "one line changed")
+@pytest.mark.stack("HF Trainer", "one line changed")
+@pytest.mark.stack("Lightning", "one line changed")
+@pytest.mark.stack("Accelerate", "one line changed")
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
 def test_the_code_of_a_page_runs_and_what_it_wraps_is_measured(page: Path) -> None:
     wrapped: dict[int, AdaptiveWarmup] = {}

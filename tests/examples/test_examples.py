@@ -83,6 +83,8 @@ def test_shows_what_it_says_slow(name: str, tmp_path: Path) -> None:
     check(name, run(name, tmp_path), tmp_path)
 
 
+@pytest.mark.stack("DDP", "one line changed")
+@pytest.mark.stack("FSDP2", "one line changed")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_on_two_processes(name: str, tmp_path: Path) -> None:

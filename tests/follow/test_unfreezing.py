@@ -121,9 +121,65 @@ def test_adapters_of_peft_thaw_and_the_base_stays_frozen() -> None:
     assert not [row["reason"] for row in opt.history if "failed" in str(row["reason"])]
 
 
+class LoRA(nn.Module):
+    """A frozen layer and a product of two thin matrices beside it, as by peft."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Any) -> Any:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_adapters_thaw_and_the_frozen_base_stays_as_it_was() -> None:
+    plain = three()
+    model = nn.Sequential(LoRA(plain[0]), nn.Tanh(), LoRA(plain[2]), nn.Tanh(), plain[4])  # type: ignore[arg-type]
+    opt = AdaptiveWarmup(AdamW(groups(model), lr=1e-2), model)
+    opt.follow(Unfreezing([model[4], model[2], model[0]], every=6))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(opt, model, range(18))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "base" not in name}
+
+
+def applied(opt: AdaptiveWarmup) -> list[list[float]]:
+    """The groups' rates at each update from here on."""
+    seen: list[list[float]] = []
+    opt.base.register_step_post_hook(lambda optimizer, *_: seen.append([g["lr"] for g in optimizer.param_groups]))
+    return seen
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+@pytest.mark.parametrize("one_group", [False, True])
+def test_under_adamw_a_safe_thaw_is_back_at_the_full_rate_within_30_updates(one_group: bool, by_another: bool) -> None:
+    """With groups of their own what was warm stays warm, whoever thaws; in one group all are warmed again."""
+    model, lr, thaw = three(), 1e-3, 40
+    head, body = list(model[4].parameters()), list(model[:4].parameters())
+    if by_another:
+        model[:4].requires_grad_(False)
+    held = [{"params": [*head, *body] if one_group else head}]
+    optimizer = AdamW(held if one_group or by_another else [*held, {"params": body}], lr=lr)
+    opt = AdaptiveWarmup(optimizer, model)
+    opt.follow(Unfreezing(None) if by_another else Unfreezing([model[4], model[:4]], gamma=0.0, every=thaw))
+    rates = applied(opt)
+    train(opt, model, range(thaw))
+    if by_another:
+        model[:4].requires_grad_(True)
+        if not one_group:
+            opt.add_param_group({"params": body})
+    train(opt, model, range(thaw, thaw + 30))
+    assert rates[thaw - 1][0] == lr and opt.metrics["stage"] == 2
+    first = rates[thaw]
+    assert first[-1] < 0.7 * lr and (one_group or first[0] == lr)
+    assert rates[-1] == [lr] * len(first)
+
+
 @pytest.mark.slow
 def test_backbone_finetuning_of_lightning_thaws_by_itself() -> None:
-    """Slow: imports Lightning. Its callback adds a group; warmup begins again for all of them, without a follower."""
+    """Slow: imports Lightning. Its callback adds a group, which alone is warmed, the head goes on."""
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import BackboneFinetuning
 
@@ -136,7 +192,8 @@ def test_backbone_finetuning_of_lightning_thaws_by_itself() -> None:
             return nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1])
 
         def configure_optimizers(self) -> Any:
-            self.opt = AdaptiveWarmup(SGD([p for p in self.parameters() if p.requires_grad], lr=0.1), self)
+            self.opt = AdaptiveWarmup(AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2), self)
+            self.rates = applied(self.opt.follow(Unfreezing(None)))
             return self.opt
 
     torch.manual_seed(0)
@@ -149,6 +206,8 @@ def test_backbone_finetuning_of_lightning_thaws_by_itself() -> None:
     trainer.fit(module, torch.utils.data.DataLoader([batch_of(step) for step in range(6)], batch_size=None))
     began = [row["step"] for row in module.opt.history if str(row["reason"]).startswith("started")]
     assert began == [1, 13] and len(module.opt.param_groups) == 2
+    (head,), (kept, thawed) = module.rates[11], module.rates[12]
+    assert kept >= 0.99 * head and thawed < 0.7 * 0.01
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def test_only_real_steps_count(accumulation: int) -> None:
     assert run.opt.metrics["scale"] < 1.0  # at this rate control shows
 
 
+@pytest.mark.stack("Accelerate", "accumulation")
 @pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_first_probe_measures_the_whole_loss(accumulation: int, clip: float | None) -> None:
@@ -154,6 +155,7 @@ def test_scheduler_keeps_its_own_rate() -> None:
     assert min(row["scale"] for row in run.rows) < 1.0
 
 
+@pytest.mark.stack("Accelerate", "resume exact")
 @pytest.mark.parametrize("loop", [Run.epochs, Run.closures])
 def test_save_state_and_load_state_in_mid_warmup(loop: Callable[..., Run], tmp_path: Path) -> None:
     run = loop(Run(every=3), 2)
@@ -176,6 +178,7 @@ def test_save_state_and_load_state_in_mid_warmup(loop: Callable[..., Run], tmp_p
     assert any(row["probed"] for row in resumed.rows)
 
 
+@pytest.mark.stack("Accelerate", "AMP")
 def test_bfloat16_autocast() -> None:
     """Accelerate patches `forward` to run under autocast; the probe goes through it too."""
     torch.manual_seed(0)

@@ -147,6 +147,7 @@ def test_epoch_means_do_not_count_probes() -> None:
     assert means[0] == means[1]
 
 
+@pytest.mark.stack("Lightning", "accumulation")
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, clip: float | None) -> None:
@@ -172,6 +173,7 @@ def test_control_counts_steps_and_leaves_the_schedule_alone(accumulation: int) -
     assert not failures(model.rows)
 
 
+@pytest.mark.stack("Lightning", "resume exact")
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}], ids=str)
 def test_checkpoint_and_resume_in_mid_warmup(options: dict[str, Any], tmp_path: Path) -> None:
     class Save(Callback):
@@ -208,6 +210,7 @@ def test_training_step_that_returns_none_is_no_step(accumulation: int) -> None:
     assert model.opt.metrics["step"] == (8 if accumulation == 1 else 6)
 
 
+@pytest.mark.stack("Lightning", "logs")
 def test_logger_writes_the_metrics_of_every_step() -> None:
     found: list[dict[str, float]] = []
 

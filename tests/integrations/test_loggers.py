@@ -59,6 +59,7 @@ def test_scalars_are_finite_floats() -> None:
     run(log)
 
 
+@pytest.mark.stack("plain PyTorch", "logs")
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,6 +92,7 @@ def leveldb_records(data: bytes, header: int = 7, block: int = 32768) -> Iterato
             whole = b""
 
 
+@pytest.mark.stack("plain PyTorch", "logs")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
@@ -120,6 +122,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["loss"] == 1.0 for row in rows) and any(row.get("warmup/reason") for row in rows)
 
 
+@pytest.mark.stack("plain PyTorch", "logs")
 @pytest.mark.parametrize("store", ["sqlite:///{}/mlflow.db", "file://{}/mlruns"])
 def test_mlflow(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
@@ -140,6 +143,7 @@ def test_mlflow(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert client.get_run(active.info.run_id).data.tags["warmup.reason"].startswith("step ")
 
 
+@pytest.mark.stack("plain PyTorch", "logs")
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     trackio = pytest.importorskip("trackio")
@@ -156,6 +160,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(by_name(rows), expected)
 
 
+@pytest.mark.stack("Lightning", "logs")
 def test_csv_logger_of_lightning(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     from lightning.pytorch.loggers import CSVLogger

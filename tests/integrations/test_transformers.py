@@ -144,11 +144,13 @@ def test_the_schedule_of_the_trainer(tmp_path: Path) -> None:
     assert rows[-1]["probes"] > 1 and not failures(rows)
 
 
+@pytest.mark.stack("torch.compile", "one line changed")
 def test_a_compiled_model(tmp_path: Path) -> None:
     run = Run("gpt2", tmp_path, compiled=True, steps=3, arguments={"remove_unused_columns": False}).train()
     assert run.opt.metrics["probes"] > 1 and not failures(run.rows)
 
 
+@pytest.mark.stack("HF Trainer", "accumulation")
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, tmp_path: Path) -> None:
     """The model divides by the items of all micro-batches: its loss is not the whole loss."""
@@ -185,6 +187,7 @@ def test_control_counts_steps_and_leaves_the_schedule_alone(tmp_path: Path) -> N
     assert not failures(run.rows)
 
 
+@pytest.mark.stack("HF Trainer", "resume exact")
 @pytest.mark.parametrize("model", MODELS)
 def test_save_and_resume_in_mid_warmup(model: str, tmp_path: Path) -> None:
     """The Trainer reads optimizer.pt back with weights_only=True."""
@@ -202,6 +205,7 @@ def test_save_and_resume_in_mid_warmup(model: str, tmp_path: Path) -> None:
     assert torch.equal(resumed.weights, whole.weights)
 
 
+@pytest.mark.stack("HF Trainer", "logs")
 def test_metrics_in_the_trainers_log(tmp_path: Path) -> None:
     """Reporters, which the Trainer puts before every other callback, see them too."""
     reported: list[dict[str, float]] = []

@@ -141,6 +141,7 @@ def test_nanogpt_monitored_is_bitwise_the_bare_run(accumulation: int) -> None:
     assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
 
 
+@pytest.mark.stack("nanoGPT's script", "one line changed")
 def test_nanogpt_controlled() -> None:
     """The loop's own rate is scaled inside `step` and only there, and control shows in the weights."""
     plain, *_ = nanogpt(bare, learning_rate=0.3)
@@ -155,6 +156,7 @@ def test_nanogpt_controlled() -> None:
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
+@pytest.mark.stack("nanoGPT's script", "accumulation")
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_nanogpt_measures_the_loss_it_trains_on(accumulation: int) -> None:
     """λ of the first probe is that of the last micro-batch, not divided by their number."""

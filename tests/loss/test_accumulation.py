@@ -9,6 +9,7 @@ from tests.helpers import batch_of, loss_fn, mlp
 from tests.loss.helpers import FORMS, Returns, dense, exact_monitor, loss_of, sharpness_of
 
 
+@pytest.mark.stack("plain PyTorch", "accumulation")
 @pytest.mark.parametrize("mode", ["mean", "sum"])
 @pytest.mark.parametrize(
     "source, hvp",

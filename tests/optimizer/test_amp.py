@@ -94,6 +94,7 @@ def test_a_skipped_step_is_none_when_warmup_is_over(optimizer: str) -> None:
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6]
 
 
+@pytest.mark.stack("plain PyTorch", "AMP")
 @pytest.mark.parametrize("optimizer", ["sgd", "fused"])
 def test_the_loss_scale_does_not_reach_the_measurement(optimizer: str) -> None:
     def sharpness(scale: float) -> float:
@@ -163,6 +164,7 @@ def by_capture(opt: Any, model: nn.Module, batch: Batch) -> None:
     opt.step()
 
 
+@pytest.mark.stack("plain PyTorch", "AMP")
 @pytest.mark.parametrize("loop", [by_closure, by_capture])
 def test_autocast_reaches_the_probe_and_leaves_no_trace(loop: Callable[..., None]) -> None:
     def run(wrap: bool) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from warmctl import AdaptiveWarmup
 from warmctl.curvature.operators import HessianOperator
 from warmctl.loss.replay import Replay
 
-STEPS = 40
+STEPS = 24
 SOURCES = ("closure", "clipping closure", "by name", "drawing closure", "captured", "observed", "live graph")
 Run = list[tuple[float, float]]
 

@@ -145,8 +145,21 @@ class Branch(nn.Module):
         return self.layer(x) if x.sum() > 0 else x
 
 
+class LastOf(nn.Module):
+    """The first of several outputs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)[0]
+        return y
+
+
 STOPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "attention": (lambda: nn.TransformerEncoderLayer(5, 1, 5), r"1 \(TransformerEncoderLayer\)"),
+    "noisy attention": (lambda: nn.TransformerEncoderLayer(5, 1, 5), r"1 \(TransformerEncoderLayer\) with dropout"),
+    "recurrence": (lambda: LastOf(nn.LSTM(5, 5)), r"1.net \(LSTM\)"),
     "control flow": (Branch, r"1 \(Branch\) cannot be traced"),
     "a jump": (lambda: nn.LogSoftmax(-1), r"1 \(LogSoftmax\)"),
     "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), r"Linear"),

@@ -58,11 +58,14 @@ def test_curves_marks_and_verdict_are_there() -> None:
 def test_columns_beside_the_wrappers_own_have_panels_and_runs_share_axes() -> None:
     made = rows()
     for found in made:
-        found |= {"vitals/dead": 0.1, "note": "words"}
+        found |= {"depth": 0.1, "vitals/1/dead": 0.1, "vitals/2/dead": 0.2, "note": "words"}
     text = page([Reported("a", seen(made)), Reported("b", seen(rows(30)))], "")
-    layout = figure_of(text)["layout"]
-    titles = [axis["title"]["text"] for name, axis in layout.items() if name.startswith("yaxis")]
-    assert "vitals/dead" in titles and "note" not in titles and layout["showlegend"]
+    figure = figure_of(text)
+    layout = figure["layout"]
+    titles = {axis["title"]["text"]: name for name, axis in layout.items() if name.startswith("yaxis")}
+    assert "depth" in titles and "note" not in titles and layout["showlegend"]
+    layers = [t for t in figure["data"] if t["yaxis"] == titles["dead units"].replace("axis", "")]
+    assert [set(t["y"]) for t in layers] == [{0.1}, {0.2}] and "vitals/1/dead" in layers[0]["hovertemplate"]
 
 
 def test_whatever_the_record_holds_is_text() -> None:

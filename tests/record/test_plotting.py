@@ -322,6 +322,26 @@ def test_one_gauge_alone_and_axes_of_ones_own() -> None:
     assert len(plot(record, axes=Figure().subplots(3)).axes) == 3
 
 
+def test_vital_signs_have_a_panel_a_kind_and_a_line_a_layer() -> None:
+    """Sampled rows alone have them; what was never finite has no panel."""
+    record = History(run(last=20, end=None, **{"vitals/relu/dead": math.nan}))
+    for row in list(record)[::5]:
+        step = row["step"]
+        layers = {f"vitals/net.{i}/gradient": 10.0 ** -(i + step / 10) for i in range(3)}
+        record.append({**row, "step": 20 + step, **layers, "vitals/act/saturated": 0.0, "vitals/clipped": step > 9})
+    figure = plot(record)
+    names = ["loss", "stability ratio", "learning rate", "saturated units", "gradient norm"]
+    assert [axis.get_ylabel() for axis in figure.axes] == names
+    gradients = [only(figure, 4, f"vitals/net.{i}/gradient") for i in range(3)]
+    for i, line in enumerate(gradients):
+        assert list(x(line)) == [21, 26, 31, 36]
+        assert y(line) == pytest.approx([10.0 ** -(i + step / 10) for step in (1, 6, 11, 16)])
+    assert len({line.get_color() for line in gradients}) == 3 and list(x(only(figure, 4, "clipped"))) == [31, 36]
+    assert words(figure, 4) == ["net.0", "net.2", "clipped"] and words(figure, 3) == ["act"]
+    two = plot({"a": record, "b": run()})
+    assert {line.get_color() for line in lines(two, 4, "vitals/net.1/gradient")} == {COLOURS[0]}
+
+
 # Saving, backends, axes of one's own
 
 

@@ -1,15 +1,11 @@
-"""Signals on several ranks. Run by test_signals.py with torchrun; rank 0 prints a line of JSON.
+"""Signals on several ranks, launched by test_signals.py.
 
-ranks.py FOLDER save     train from the start by DDP, FSDP2 and both at once; save the sharded run in mid-warmup
-ranks.py FOLDER load     go on with what another number of ranks has saved
+FOLDER save     train from the start by DDP, FSDP2 and both at once; save the sharded run in mid-warmup
+FOLDER load     go on with what another number of ranks has saved
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.launch import from_all_ranks
 from tests.distributed.worker import Regressor, build, own
 from warmctl import AdaptiveWarmup
 from warmctl.stability.signals import Signals
@@ -107,23 +104,8 @@ def loaded(folder: Path) -> list[list[float]]:
     return rows
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    if sys.argv[2] == "save":
-        results = {name: trained(name) for name in ("ddp", "fsdp", "hybrid")} | {"later": saved(folder)}
-    else:
-        results = {"later": loaded(folder)}
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, results)
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(ranks), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # the interpreter's own end, with gloo's threads still there, aborts now and then
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str]) -> list[dict[str, list[list[float]]]]:
+    folder, what = Path(arguments[0]), arguments[1]
+    if what == "load":
+        return from_all_ranks({"later": loaded(folder)})
+    return from_all_ranks({name: trained(name) for name in ("ddp", "fsdp", "hybrid")} | {"later": saved(folder)})

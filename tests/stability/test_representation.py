@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import batch_of, mlp, noisy_net
+from tests.helpers import OwnLoss, batch_of, mlp, monitor, noisy_net, own_loss
 from tests.stability.outputs import (
     LoRA,
     Loss,
@@ -180,6 +180,32 @@ def test_inner_forwards_of_any_mode_are_matched(inner: str) -> None:
     found = measured(model, lambda: loss(model))
     truth = exact(twin, children(nn.Linear, nn.BatchNorm1d)(twin), lambda: loss(twin))
     assert found == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_look_that_fails_costs_the_passes_that_it_made(fails_at: int) -> None:
+    """A third of a gradient each; after the first has failed there is no second."""
+
+    class Refuses(OwnLoss):
+        looks, armed = 0, False
+
+        def forward(self, batch: Any) -> Any:
+            self.looks += not torch.is_grad_enabled()
+            if self.armed and self.looks == fails_at and not torch.is_grad_enabled():
+                raise RuntimeError("no forward pass without a gradient")
+            return super().forward(batch)
+
+    costs, looks = [], []
+    for armed in (False, True):
+        model = Refuses()
+        model.armed = armed
+        opt = monitor(model)
+        own_loss(model, batch_of(0)).backward()
+        opt.step()
+        costs.append(opt.counts.cost)
+        looks.append(model.looks)
+    assert looks == [2, fails_at]
+    assert costs[0] - costs[1] == pytest.approx((2 - fails_at) / 3)
 
 
 def test_forwards_in_other_threads_are_not_looked_at() -> None:

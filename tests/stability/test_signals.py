@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.distributed.launch import launch, needs_gloo
 from tests.distributed.worker import batch, build
 from tests.stability.ranks import LATER, SAVED_AT, STEPS, rule
 from tests.stability.snapshots import Snapshots
 from warmctl.stability.signals import StepSignals
 
-ROOT = Path(__file__).parents[2]
 Rows = list[list[float]]
-needs_gloo = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
-)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_ranks(count: int, folder: Path, what: str) -> list[dict[str, Rows]]:
     """What each rank returned."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, "-m", "tests.stability.ranks", str(folder), what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    found: list[dict[str, Rows]] = json.loads(lines[-1].removeprefix("RESULTS "))
+    found: list[dict[str, Rows]] = launch("tests.stability.ranks", count, str(folder), what)
     return found
 
 

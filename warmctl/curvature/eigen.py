@@ -198,6 +198,8 @@ def _precision(vector: Vector) -> float:
 
 def _top_ritz_pair(alphas: list[float], betas: list[float]) -> tuple[float, np.ndarray]:
     last = len(alphas) - 1
+    if last == 0:  # older SciPy cannot
+        return alphas[0], np.ones(1)
     values, vectors = scipy.linalg.eigh_tridiagonal(
         np.array(alphas), np.array(betas), select="i", select_range=(last, last)
     )

@@ -21,7 +21,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What became of warmup in a run, why that is thought, and what to change. Print it."""
+    """What became of warmup in a run, why that is thought, and what to change. Print it.
+
+    >>> print(diagnose("metrics.csv"))
+    over-warmed
+      - lr: warmup took 40 of 60 steps...
+      What to do: ...
+    """
 
     verdict: str
     """One of "lost", "under-warmed", "capped below the schedule", "over-warmed", "well warmed"."""

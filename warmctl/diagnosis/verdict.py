@@ -18,7 +18,9 @@ from warmctl.diagnosis.run import Run
 def diagnose(history: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> Diagnosis:
     """What became of warmup in a run, and what to change next time. Costs nothing: it only reads.
 
-        print(warmctl.diagnose("metrics.csv"))
+    >>> found = diagnose("metrics.csv")
+    >>> found.verdict, found.evidence[0].steps
+    ('over-warmed', (1, 40))
 
     Args:
         history: a `History`; a list of rows, such as the Trainer's `state.log_history`; or the path of a CSV or JSONL

@@ -18,6 +18,12 @@ class BatchNormMomentum:
     In training mode the averages are not read: what moves is only what evaluation sees. The momentum stays where it was
     put between steps. A momentum of None, the mean of all batches, is left alone.
 
+    >>> model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    >>> opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=0.1), model).follow(BatchNormMomentum(model))
+    >>> train(opt)
+    >>> model[1].momentum == opt.metrics["batch_norm_momentum"]
+    True
+
     Args:
         model: its layers that keep running averages are taken as they are now.
         low: least momentum while the scale is low; a layer's own, where that is less.

@@ -20,6 +20,12 @@ class Difficulty:
     When warmup has ended, at whatever scale, the difficulty is 1: a rate that stays below the schedule must not hide
     data for ever. While it lasts, hidden data are not learnt: `easiest` is better too high than too low.
 
+    >>> sampler = EasyFirst(scores=[len(line) for line in ("to", "be", "or not to be")])
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(Difficulty(sampler, easiest=0.5))
+    >>> train(opt)
+    >>> 0.5 <= sampler.difficulty <= 1.0
+    True
+
     Args:
         sampler: what takes the difficulty, in [0, 1]: a function of it, or an object with `set_difficulty(d)` or an
             attribute `difficulty`, as `EasyFirst` has. If it has a `state_dict()` of numbers and `load_state_dict`, its

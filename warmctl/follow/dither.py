@@ -16,6 +16,11 @@ class Dither:
     The division makes the crest of the swing, not its mean, the rate that is held below target. Quiet is a noise scale
     B_noise/B below `quiet`, measured from successive batches, see `NoiseScale`; elsewhere the rate is left alone.
 
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(Dither(period=8, amplitude=0.3))
+    >>> train(opt)
+    >>> opt.metrics["dither"] <= 1.0
+    True
+
     Args:
         period: P, steps.
         amplitude: a, in (0, 1).

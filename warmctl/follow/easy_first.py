@@ -21,6 +21,11 @@ class EasyFirst(Sampler[int]):
     difficulty at that moment alone, so that a run continues where it was saved. Every `iter` goes on where the last one
     stopped. A loader with workers draws ahead: of what it had drawn and not yet delivered nothing comes back.
 
+    >>> sampler = EasyFirst(scores=[3.0, 1.0, 2.0, 4.0])
+    >>> sampler.difficulty = 0.5
+    >>> sorted(set(sampler))
+    [1, 2]
+
     Args:
         scores: one a row of the data, higher is harder: a length, a loss under a small model, a human's mark.
         seed: of the order.

@@ -13,6 +13,13 @@ from warmctl.rates import learning_rate
 class Follower(Protocol):
     """Is told each step's scale, and moves something with it. One method is all that is asked for.
 
+    >>> class Temperature:
+    ...     def follow(self, scale, rate, phase):
+    ...         self.value = 2.0 - scale
+    >>> train(opt := AdaptiveWarmup(optimizer, model).follow(temperature := Temperature()))
+    >>> temperature.value == 2.0 - opt.metrics["scale"]
+    True
+
     Where a follower also has them, these are used:
 
     - `attach(levers)`: called once, by `opt.follow`; its `Levers` reach the parameter groups. Errors are the user's.

@@ -17,6 +17,12 @@ class Momentum:
     stability is up to (1 + β)/(1 + low) of the step's with SGD (1.03 for .9 and .85), and (1 + β)(1 − low) /
     ((1 − β)(1 + low)) with Adam (1.54), so the ratio is as much too low, at low scales.
 
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.95)
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(Momentum(low=0.85))
+    >>> train(opt)
+    >>> 0.85 < opt.metrics["momentum"] <= 0.95
+    True
+
     Args:
         low: at scale 0, in [0, 1).
 

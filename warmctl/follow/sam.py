@@ -17,6 +17,13 @@ class SAMRadius:
     that of the start of warmup. Ascents may be made outside of `opt.step`: the radius therefore stays where it was put
     between steps (a checkpoint of the optimizer holds it so, beside the full one). Write `rho` to change the full one.
 
+    >>> from types import SimpleNamespace
+    >>> sam = SimpleNamespace(rho=0.05)  # a two-step closure reads its radius there
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(SAMRadius(sam))
+    >>> train(opt)
+    >>> sam.rho == 0.05 * opt.metrics["scale"]
+    True
+
     Args:
         sam: what holds the radius: an optimizer with a `rho` in its parameter groups (as the common packages have it),
             or any object with an attribute `rho`, which a two-step closure of your own reads.

@@ -24,16 +24,27 @@ class Unfreezing:
     what was stable before stays as it was, and to the ratio on record, which is that of the new scale for all, they add
     at most their own of before. In a group that holds old and new parameters all are warmed again.
 
+    >>> head, body = model[-1], model[:-1]
+    >>> groups = [{"params": head.parameters()}, {"params": body.parameters()}]
+    >>> opt = AdaptiveWarmup(torch.optim.AdamW(groups, lr=1e-2), model).follow(Unfreezing([head, body], every=12))
+    >>> train(opt)
+    >>> opt.metrics["stage"]
+    2
+
+    With None for stages it freezes and thaws nothing itself: it keeps the rates of the groups before the first one that
+    somebody else has added or thawed, Lightning's `BackboneFinetuning` for instance.
+
     By `opt.follow` the later stages are frozen (`requires_grad_(False)`), but for parameters that an earlier one has
     too. What is frozen already when this is built stays so for good: the base under peft's adapters, say. The optimizer
     must hold the parameters of all stages from the beginning.
 
     Args:
-        stages: from the first to be trained, the head, to the last: modules, or lists of them. See `by_depth`.
+        stages: from the first to be trained, the head, to the last: modules, or lists of them; see `by_depth`. None
+            where somebody else thaws.
         gamma: at least 0; 0 is the full rate from the first stage on.
         every: steps from one thaw to the next; None waits for the end of warmup.
 
-    Reading: `stage`, how many are free.
+    Reading: `stage`, how many are free; with None one more than thaws were seen.
 
     Raises: TypeError for stages that are no modules, ValueError for none, for one without trainable parameters, and by
     `opt.follow` for one that the optimizer holds no parameter of.
@@ -41,17 +52,20 @@ class Unfreezing:
 
     moves_rate = True
 
-    def __init__(self, stages: Sequence[Stage], gamma: float = 0.5, every: int | None = None) -> None:
+    def __init__(self, stages: Sequence[Stage] | None, gamma: float = 0.5, every: int | None = None) -> None:
         if not 0.0 <= gamma < math.inf:
             raise ValueError(f"gamma must be at least 0, the exponent of the share of free stages, got {gamma!r}")
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be None or a number of steps of at least 1, got {every!r}")
         self.gamma, self.every = gamma, every
-        self.stages = _parameters(stages)
+        self.stages = [] if stages is None else _parameters(stages)
         self._levers: Levers | None = None
         self._free, self._since = 1, 0
         # Of the last thaw: the scale, with the share of stages, that earlier groups were at; the highest since.
         self._before, self._highest = 0.0, 0.0
+        # Of thaws by others: how many parameters of each group train; groups that did before; the last scale.
+        self._training: list[int] = []
+        self._old, self._last = 0, 0.0
 
     @classmethod
     def by_depth(cls, model: nn.Module, stages: int, **options: Any) -> Unfreezing:
@@ -81,6 +95,7 @@ class Unfreezing:
                 )
         self._levers = levers
         self._freeze()
+        self._training = self._count()
 
     def detach(self) -> None:
         self._free = len(self.stages)
@@ -90,11 +105,14 @@ class Unfreezing:
         levers = self._levers
         assert levers is not None
         share = self._share
+        if not self.stages:
+            self._notice()
         self._highest = max(self._highest, scale)
         held = max(self._before * scale / self._highest, scale * share) / scale if scale > 0.0 else share
         for place, group in enumerate(levers.groups):
-            levers.multiply_rate(place, held if self._is_old(group) else share)
-        self._since += 1
+            old = self._is_old(group) if self.stages else place < self._old
+            levers.multiply_rate(place, held if old else share)
+        self._since, self._last = self._since + 1, held * scale
         ready = phase != "warmup" if self.every is None else self._since >= self.every
         if ready and self._free < len(self.stages):
             self._before, self._highest = scale * share, 0.0
@@ -106,22 +124,40 @@ class Unfreezing:
 
     def state_dict(self) -> dict[str, float]:
         counts = {"free": float(self._free), "since": float(self._since)}
-        return {**counts, "before": self._before, "highest": self._highest}
+        others = {"old": float(self._old), "last": self._last}
+        return {**counts, "before": self._before, "highest": self._highest, **others}
 
     def load_state_dict(self, values: dict[str, float]) -> None:
         free, self._since = whole("free", values["free"]), whole("since", values["since"])
-        if not 1 <= free <= len(self.stages):
+        if self.stages and not 1 <= free <= len(self.stages):
             raise ValueError(f"free is {free} in the state, there are {len(self.stages)} stages")
-        for name in ("before", "highest"):
+        for name in ("before", "highest", "last"):
             if not 0.0 <= values[name] < math.inf:
                 raise ValueError(f"{name} is {values[name]!r} in the state, it must be a number of at least 0")
         self._free, self._before, self._highest = free, values["before"], values["highest"]
+        self._old, self._last = whole("old", values["old"]), values["last"]
         if self._levers is not None:
             self._freeze()
+            self._training = self._count()
 
     @property
     def _share(self) -> float:
-        return float((self._free / len(self.stages)) ** self.gamma)
+        return float((self._free / len(self.stages)) ** self.gamma) if self.stages else 1.0
+
+    def _count(self) -> list[int]:
+        """Parameters that train, of each group."""
+        groups = self._levers.groups if self._levers is not None else []
+        return [sum(p.requires_grad for p in group["params"]) for group in groups]
+
+    def _notice(self) -> None:
+        """Whether somebody has thawed since the last step: the wrapper has begun warmup again then."""
+        before, now = self._training, self._count()
+        before += [0] * (len(now) - len(before))
+        thawed = [place for place, (a, b) in enumerate(zip(before, now, strict=True)) if b > a]
+        if thawed:
+            self._free, self._old = self._free + 1, thawed[0]
+            self._before, self._highest = self._last, 0.0
+        self._training = now
 
     def _freeze(self) -> None:
         """Every parameter of a later stage, and no other of any stage."""

@@ -19,22 +19,14 @@ from warmctl.warning import warn
 
 WEIGHTS = 4096
 """Entries of a layer's weight that its relative update is read from."""
-PANELS = {
-    "layer norm σ": "vitals/*/sigma",
-    "saturated units": "vitals/*/saturated",
-    "dead units": "vitals/*/dead",
-    "gradient norm": "vitals/*/gradient",
-    "relative update": "vitals/*/update",
-    "float16 headroom": "vitals/float16_headroom",
-}
-"""A figure of each, by the columns that are drawn in it."""
 
 
 class Vitals:
     """Readings of one step in `every`, and of steps after a probe; it moves nothing, so it also follows with
     `control=False`.
 
-    Readings, columns of the history in the rows of sampled steps, `opt.metrics` has the latest; by layer:
+    Readings, columns of the history in the rows of sampled steps, which `plot` draws; `opt.metrics` has the latest. By
+    layer:
 
     - `vitals/LAYER/sigma`: of a LayerNorm, RMSNorm or GroupNorm, the standard deviation of its input (root mean square
       for RMSNorm), mean over rows: gradients are multiplied by 1/σ there.
@@ -58,6 +50,11 @@ class Vitals:
 
     Cost: hooks are there only in the sampled step, see docs/during.md for figures. Memory: 16 KiB a layer from the step
     before a sample to the sample; nothing else is kept.
+
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(Vitals(model, every=10))
+    >>> train(opt)
+    >>> opt.metrics["vitals/1/saturated"] < 0.5, opt.metrics["vitals/clipped"]
+    (True, 0.0)
 
     Args:
         model: to look at.
@@ -96,21 +93,6 @@ class Vitals:
             warn("warmctl: of a sharded model Vitals sees this process's part of gradients and updates")
         if self._activations.hidden:
             warn("warmctl: Vitals does not see activations inside of compiled modules, only gradients and updates")
-
-    @property
-    def panels(self) -> dict[str, list[str]]:
-        """Title of a panel → the columns that are drawn in it, in the order of depth. A log scale suits all."""
-        names = {title: pattern.split("*") for title, pattern in PANELS.items()}
-        return {
-            title: found
-            for title, ends in names.items()
-            if (found := [c for c in self._columns if c.startswith(ends[0]) and c.endswith(ends[-1])])
-        }
-
-    @property
-    def _columns(self) -> list[str]:
-        of_weights = [f"vitals/{name}/{kind}" for kind in ("gradient", "update") for name in self.weights]
-        return [*self._activations.columns, *of_weights, "vitals/float16_headroom"]
 
     def attach(self, levers: Levers) -> None:
         self._levers = levers

@@ -32,6 +32,12 @@ class WeightDecay:
 
     Values are put in place for each update and put back after it; at scale 1, with nothing delayed, none is touched.
 
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    >>> opt = AdaptiveWarmup(optimizer, model).follow(WeightDecay("compensate"))
+    >>> train(opt)
+    >>> math.isclose(opt.metrics["shrinkage"], opt.metrics["full_shrinkage"])
+    True
+
     Args:
         mode: "compensate" or "delay".
         over: steps in which what was delayed is made up for; as many as warmup took if None.

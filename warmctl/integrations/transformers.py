@@ -79,7 +79,8 @@ class WarmupTrainerMixin(_Base):
         """The Trainer's own, wrapped."""
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, OptimizerProxy):
-            self.optimizer = AdaptiveWarmup(optimizer, self.model if model is None else model, **self.warmup)
+            trained: Any = self.model if model is None else model
+            self.optimizer = AdaptiveWarmup(optimizer, trained, **self.warmup)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -1,9 +1,9 @@
 """One loss evaluated by all ranks at once, such that none waits for what another will never send.
 
 `DistributedDataParallel` is passed by: the module inside computes, and what is averaged is averaged by
-`warmctl.distributed`, once every rank has it. Where collectives cannot be left out of the forward pass (FSDP2,
-synchronised batch norm), all ranks meet before each. What fails between two collectives of one backward pass cannot be
-made good: the others are inside the second, as in training.
+`warmctl.distributed`, once every rank has it. Where collectives cannot be left out (FSDP2, synchronised batch norm),
+all ranks meet before each, in the forward and in the backward pass. What fails between two collectives of the user's
+own cannot be made good: the others are inside the second, as in training.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from warmctl import distributed
 from warmctl.vectors import local
+
+UNEVEN = (
+    "AdaptiveWarmup cannot be used inside DDP's join(): in warmup, and while it guards, every rank takes part in each "
+    'step. Give every rank as many batches (drop_last=True, or a DistributedSampler), or let warmup end (after="hold" '
+    'or "release") before ranks may run out of batches'
+)
 
 
 class Ranks:
@@ -52,7 +60,8 @@ class Ranks:
                 stack.enter_context(_bare(replica))
             for module in self.model.modules():
                 if isinstance(module, (sharded, nn.SyncBatchNorm)):
-                    stack.callback(module.register_forward_pre_hook(_meet, prepend=True).remove)
+                    for handle in _meet_around(module):
+                        stack.callback(handle.remove)
             complete = False
             try:
                 yield
@@ -60,6 +69,11 @@ class Ranks:
             finally:
                 if not complete:
                     _end_iteration(self.model, sharded)
+
+    def check_even(self) -> None:
+        """Raise RuntimeError inside DDP's `join()`, which answers no collectives but DDP's for a rank that is done."""
+        if distributed.world_size() > 1 and any(replica._join_config.enable for replica in self._found_replicas()):
+            raise RuntimeError(UNEVEN)
 
     def _found_replicas(self) -> list[DistributedDataParallel]:
         """Every DDP module that a parameter of the model is in; a closure may call one that holds the model."""
@@ -88,9 +102,51 @@ def _end_iteration(model: nn.Module, sharded: Any) -> None:
                 fsdp._get_fsdp_state()._root_post_backward_final_callback()
 
 
-@_disable_dynamo
-def _meet(module: nn.Module, args: Any) -> None:
-    distributed.meet("forward")
+def _meet_around(module: nn.Module) -> list[RemovableHandle]:
+    """All ranks meet before the module gathers its weights, in both passes, and before it reduces their gradients.
+
+    FSDP2 gathers in a hook before the module, and in one on its outputs; it reduces in the backward of a node that such
+    a hook puts before the module, or at the end of the pass where no input has a gradient.
+    """
+    gather, reduce, end = map(distributed.meeting, ("gather", "reduce", "end"))
+    queued = False
+
+    def at_end() -> None:
+        nonlocal queued
+        queued = False
+        end()
+
+    def at_output(gradient: Tensor) -> None:
+        nonlocal queued
+        gather()
+        if not queued:  # before FSDP2's own
+            queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(at_end)
+
+    @_disable_dynamo
+    def before(module: nn.Module, args: Any) -> None:
+        gather()
+
+    @_disable_dynamo
+    def inside(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for node in {t.grad_fn for t in _tensors((args, kwargs)) if t.grad_fn is not None}:
+            node.register_prehook(lambda gradients: reduce())
+
+    @_disable_dynamo
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for t in _tensors(output):
+            if t.requires_grad:
+                t.register_hook(at_output)  # type: ignore[no-untyped-call]
+
+    return [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_pre_hook(inside, with_kwargs=True),
+        module.register_forward_hook(after, prepend=True),
+    ]
+
+
+def _tensors(structure: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

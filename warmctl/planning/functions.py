@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from warmctl.planning.layers import max_pool_gain
+from warmctl.planning.linearised import jacobian_norms
 from warmctl.planning.operator_norm import operator_norm
+from warmctl.vectors import wide
 
 
 class Doubt(Exception):
@@ -21,7 +24,9 @@ class Doubt(Exception):
 
 SLOPES: dict[Any, float] = {
     **dict.fromkeys((torch.relu, F.relu, F.relu6, torch.tanh, F.tanh, F.hardtanh, F.softplus, F.softsign), 1.0),
-    **{torch.sigmoid: 0.25, F.sigmoid: 0.25, F.gelu: 1.1290, F.silu: 1.0999, F.mish: 1.0885, F.softmax: 0.5},
+    **{torch.sigmoid: 0.25, F.sigmoid: 0.25, F.gelu: 1.1290, F.silu: 1.0999, F.mish: 1.0885},
+    **{F.softmax: 0.5, torch.softmax: 0.5, torch.masked_fill: 1.0, "masked_fill": 1.0},
+    **dict.fromkeys((torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"), 1.0),
     **dict.fromkeys(
         (torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze), 1.0
     ),
@@ -35,6 +40,7 @@ PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 QUOTIENTS = {operator.truediv, torch.div, "div"}
 AVERAGES = {torch.mean, "mean"}
 TOTALS = {torch.sum, "sum"}
+MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"}
 POOLS = {F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d}
 MAX_POOLS: dict[Any, int] = {torch.nn.functional.max_pool1d: 1, torch.nn.functional.max_pool2d: 2}
 
@@ -43,17 +49,21 @@ Gains = dict[fx.Node, float]
 
 def function_gains(node: fx.Node, values: Mapping[fx.Node, Any]) -> Gains:
     """‖∂output/∂input‖ for each input node that is a tensor. Raises `Doubt` for functions without a rule."""
-    output = values[node]
-    sources = [n for n in node.all_input_nodes if isinstance(values[n], Tensor) and values[n].is_floating_point()]
-    if not isinstance(output, Tensor):  # a shape, a number
+    output, target = values[node], node.target
+    sources = [n for n in node.all_input_nodes if _bends(values[n])]
+    if not _bends(output):  # a shape, a number
         return {}
-    target = node.target
     if target in SLOPES:
         return dict.fromkeys(sources, SLOPES[target])
     if (rule := _RULES.get(target)) is not None:
         return rule(node, sources, values)
     where = ".".join(list(node.meta.get("nn_module_stack", {}))[-1:]) or "the model's own forward"
     raise Doubt(f"the bound does not compose through {getattr(target, '__name__', target)} in {where}")
+
+
+def _bends(value: Any) -> bool:
+    """Whether it is, or holds, a tensor with a derivative."""
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(value))
 
 
 def _spread(output: Tensor, value: Tensor) -> float:
@@ -105,9 +115,34 @@ def _joined(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]
 def _part(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
     """Indexing by numbers and slices picks each entry at most once."""
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if not isinstance(values[sources[0]], Tensor):  # one of several outputs
+        return dict.fromkeys(sources, 1.0)
     if not all(isinstance(i, int | slice | type(None) | type(...)) for i in index):
         raise Doubt("the bound does not compose through indexing by tensors")
     return dict.fromkeys(sources, 1.0)
+
+
+def _matmul(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
+    """Of A B in each of the leading places: ‖B‖ for A, ‖A‖ for B, the more where one stands for several places."""
+    args: Any = node.args
+    if len(args) != 2 or any(not isinstance(n, fx.Node) or values[n].dim() < 2 for n in args):
+        raise Doubt("the bound does not compose through a product with a vector")
+    places = values[node].shape[:-2].numel()
+    gains: Gains = {}
+    for arg, other in (args, args[::-1]):
+        if arg in sources:
+            factor = float(torch.linalg.matrix_norm(wide(values[other].detach()), 2).max())
+            spread = math.sqrt(places / values[arg].shape[:-2].numel())
+            gains[arg] = gains.get(arg, 0.0) + factor * spread
+    return gains
+
+
+def _attention(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
+    try:
+        norm = jacobian_norms(node, values, None)
+    except NotImplementedError as error:
+        raise Doubt(f"the bound does not compose through scaled_dot_product_attention with {error}") from None
+    return {n: norm(n) for n in sources}
 
 
 def _dropout(node: fx.Node, sources: list[fx.Node], values: Mapping[fx.Node, Any]) -> Gains:
@@ -134,9 +169,11 @@ _RULES: dict[Any, Callable[[fx.Node, list[fx.Node], Mapping[fx.Node, Any]], Gain
     **dict.fromkeys(QUOTIENTS, _quotient),
     **dict.fromkeys(AVERAGES, _average),
     **dict.fromkeys(TOTALS, _total),
+    **dict.fromkeys(MATRIX_PRODUCTS, _matmul),
     **dict.fromkeys(POOLS, _pool),
     **dict.fromkeys(MAX_POOLS, _max_pool),
     operator.getitem: _part,
     torch.cat: _joined,
     F.dropout: _dropout,
+    F.scaled_dot_product_attention: _attention,
 }

@@ -47,6 +47,9 @@ def plan(
     Parameters, gradients, buffers, optimizer state, random streams and modes stay as they are, bit for bit. The
     model is used in its present mode.
 
+    >>> plan(model, loss_fn, batch, torch.optim.SGD(model.parameters(), lr=10.0), total_steps=1000).warmup_steps > 0
+    True
+
     Args:
         loss_fn: loss_fn(model, batch) -> scalar tensor.
         batch: what `loss_fn` takes. The larger it is, the less its sharpness overstates that of the whole loss.

@@ -41,6 +41,10 @@ WINDOW = 0.1
 class RateRange:
     """A sweep of the learning rate.
 
+    >>> sweep = rate_range(model, loss_fn, loader, optimizer, low=1e-3, high=10.0, steps=30)
+    >>> len(sweep.history), min(sweep.history["lr"])
+    (30, 0.001)
+
     Attributes:
         history: a row a step: `lr` (first group), `loss` of the batch before the step, `smoothed_loss`, and
             `stability_ratio` where it was measured.
@@ -78,6 +82,10 @@ def rate_range(
 
     Parameters, gradients, buffers, optimizer state, random streams and modes, and the generators of a DataLoader and of
     its samplers stand afterwards where they stood. The model is used in its present mode.
+
+    >>> sweep = rate_range(model, loss_fn, loader, optimizer, low=1e-3, high=100.0, steps=60)
+    >>> 1e-3 < sweep.suggestion < sweep.diverged
+    True
 
     Args:
         loss_fn: loss_fn(model, batch) -> scalar tensor.

@@ -19,6 +19,10 @@ Record: TypeAlias = "History | Iterable[Mapping[str, Any]] | str | os.PathLike[s
 class ReferenceRun:
     """A run that trains well, to scale from. All of it may be left out.
 
+    >>> works = ReferenceRun(rate=0.05, batch_size=64)
+    >>> plan(model, loss_fn, batch, optimizer, batch_size=128, reference=works).scaled_rate
+    0.1
+
     Args:
         rate: its peak learning rate; that of its record, or else the one set in the optimizer, if omitted.
         batch_size: the batch size that goes with this rate; the rows of the batch measured on, if omitted.

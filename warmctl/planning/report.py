@@ -20,6 +20,12 @@ class Line(NamedTuple):
 class Plan:
     """What a landscape allows. Rates are those of the first group; ratios are dimensionless, with the edge at 1.
 
+    >>> found = plan(model, loss_fn, batch, optimizer)
+    >>> found.ratio < 1.0 and "critical rate" in str(found)
+    True
+    >>> found.second_moment_steps, found.reasons["second_moment_steps"]
+    (None, 'the optimizer keeps no running second moment')
+
     A figure that could not be had is None, and `reasons` says why under its name; beside a figure it qualifies it.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from warmctl.loss.no_trace import no_trace
 from warmctl.loss.random_state import RandomState
 from warmctl.planning.functions import Doubt, function_gains
 from warmctl.planning.layers import RULES, rule_for
+from warmctl.planning.linearised import ATTENTION, jacobian_norms
 from warmctl.warning import first_line
 
 CALLED_ONCE = "loss_fn does not call the model exactly once, with one tensor as the output"
@@ -32,7 +33,7 @@ def spectral_bound(
     """The bound over `params`, at the present parameters and on this batch; or None, and what stopped it.
 
     Cost: a forward pass for the output, one of the traced graph, some products with the loss's Hessian in z, and for
-    each convolution some tens of applications of it and of its adjoint.
+    each convolution, and twice for each attention, some tens of products with it and with its adjoint.
     """
     try:
         with no_trace(params, model):
@@ -45,7 +46,7 @@ def spectral_bound(
             with torch.no_grad():
                 values.run(*inputs)
             norms = _norms(values, {id(p) for p in params})
-            return bend * sum(norm * norm for norm in norms.values()), ""
+            return bend * sum(norm * norm for _, norm in norms), ""
     except Doubt as stopped:
         return None, str(stopped)
     except Exception as error:
@@ -88,7 +89,7 @@ class _Tracer(fx.Tracer):
     stopped = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in RULES or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in RULES or type(m) in ATTENTION or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -121,52 +122,82 @@ class _Values(fx.Interpreter):
         return self.of[n]
 
 
-def _norms(values: _Values, wanted: set[int]) -> dict[int, float]:
-    """A bound on ‖∂z/∂p‖ for each parameter by id, from the output back to the inputs."""
+Contribution = tuple[frozenset[int], float]
+"""Parameters by id, and ‖∂z/∂(these together)‖."""
+
+
+def _norms(values: _Values, wanted: set[int]) -> list[Contribution]:
+    """Bounds for parts that together are all the parameters, from the output back to the inputs."""
     graph: Any = values.module.graph
     nodes = list(graph.nodes)
     learns = _learns(values, nodes, wanted)
     behind: dict[fx.Node, float] = {nodes[-1].args[0]: 1.0}
-    norms: dict[int, float] = {}
-
-    def reach(param: Tensor, norm: float) -> None:
-        if id(param) in wanted:
-            norms[id(param)] = norms.get(id(param), 0.0) + norm
-
+    found: list[Contribution] = []
     for node in reversed(nodes[:-1]):
         gain = behind.get(node)
         if gain is None or node not in learns:
             continue
+        sources: Mapping[fx.Node, float] = {}
         if node.op == "get_attr":
-            reach(_attribute(values.module, node.target), gain)
+            found.append((frozenset({id(_attribute(values.module, node.target))}), gain))
         elif node.op == "call_module":
-            layer = _layer(values, node)
-            for param, norm in layer.parameters:
-                if id(param) in wanted:
-                    reach(param, gain * norm())
-            source = node.args[0]
-            if source in learns:
-                behind[source] = behind.get(source, 0.0) + gain * layer.gain()
+            module = values.fetch_attr(str(node.target))
+            through = _attention if type(module) in ATTENTION else _layer
+            parameters, sources = through(node, values, wanted, learns)
+            found += [(ids, gain * norm) for ids, norm in parameters]
         elif node.op in ("call_function", "call_method"):
-            for source, factor in function_gains(node, values.of).items():
-                if source in learns:
-                    behind[source] = behind.get(source, 0.0) + gain * factor
-    if not all(math.isfinite(norm) for norm in norms.values()):
+            sources = function_gains(node, values.of)
+        for source, factor in sources.items():
+            if source in learns:
+                behind[source] = behind.get(source, 0.0) + gain * factor
+    if not all(math.isfinite(norm) for _, norm in found):
         raise Doubt("a layer's norm is not finite")
-    return norms
+    return _disjoint(found)
 
 
-def _layer(values: _Values, node: fx.Node) -> Any:
+def _disjoint(found: Sequence[Contribution]) -> list[Contribution]:
+    """Parts that share a parameter become one: what it can do in several places adds up."""
+    parts: list[Contribution] = []
+    for ids, norm in found:
+        shared = [part for part in parts if part[0] & ids]
+        parts = [part for part in parts if part not in shared]
+        parts.append((ids.union(*(i for i, _ in shared)), norm + sum(n for _, n in shared)))
+    return parts
+
+
+def _layer(
+    node: fx.Node, values: _Values, wanted: set[int], learns: set[fx.Node]
+) -> tuple[list[Contribution], dict[fx.Node, float]]:
+    """What the parameters of a layer can do to its output, and what its input can."""
     module = values.fetch_attr(str(node.target))
-    named = f"{node.target} ({type(module).__name__})"
     rule = rule_for(module)
     source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
     if rule is None or not isinstance(source, fx.Node):
-        raise Doubt(f"the bound does not compose through {named}")
+        raise Doubt(f"the bound does not compose through {_named(node, module)}")
     try:
-        return rule(module, values.of[source])
+        layer = rule(module, values.of[source])
     except NotImplementedError as error:
-        raise Doubt(f"the bound does not compose through {named} with {error}") from None
+        raise Doubt(f"the bound does not compose through {_named(node, module)} with {error}") from None
+    parameters = [(frozenset({id(p)}), norm()) for p, norm in layer.parameters if id(p) in wanted]
+    return parameters, {source: layer.gain()} if source in learns else {}
+
+
+def _attention(
+    node: fx.Node, values: _Values, wanted: set[int], learns: set[fx.Node]
+) -> tuple[list[Contribution], dict[fx.Node, float]]:
+    """The same, of all its parameters together."""
+    module = values.fetch_attr(str(node.target))
+    own = {name: id(p) for name, p in module.named_parameters() if id(p) in wanted}
+    try:
+        norm = jacobian_norms(node, values.of, module)
+    except NotImplementedError as error:
+        raise Doubt(f"the bound does not compose through {_named(node, module)} with {error}") from None
+    parameters = [(frozenset(own.values()), norm(*own))] if own else []
+    return parameters, {n: norm(n) for n in node.all_input_nodes if n in learns}
+
+
+def _named(node: fx.Node, module: Any) -> str:
+    return f"{node.target} ({type(module).__name__})"
 
 
 def _learns(values: _Values, nodes: Sequence[fx.Node], wanted: set[int]) -> set[fx.Node]:

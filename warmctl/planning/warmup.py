@@ -25,6 +25,10 @@ LONGEST = 10_000_000
 class ExponentialFall:
     """Sharpness that falls from what it is now to a share of it: λ(t)/λ(0) = to + (1 − to)·exp(−t/time).
 
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    >>> plan(model, loss_fn, batch, optimizer, reference=ExponentialFall(to=0.01, time=50)).warmup_steps > 50
+    True
+
     Args:
         to: what is left in the end, as a share of the sharpness now, at least 0.
         time: steps until 63 % of the fall is done, above 0.

@@ -13,6 +13,7 @@ from warmctl.record.history import COLUMNS
 from warmctl.record.panels import NamedRun, means
 from warmctl.record.shown import shown
 from warmctl.record.style import GRID, INK, MUTED
+from warmctl.record.vital_panels import SHARES, VITALS, columns_of
 
 POINTS, EVENTS, LONGEST = 3_000, 1_000, 300
 """Points of a curve; marks of a run, where there are more from both its ends; characters of a reason."""
@@ -50,7 +51,9 @@ def text(words: object, longest: int = LONGEST) -> str:
 
 def _panels(runs: list[NamedRun]) -> dict[str, str]:
     """Titles of the panels by column: what is known of at least one run."""
-    others = {name: name for run in runs for name in run.history.columns if name not in {*COLUMNS, "loss_mean"}}
+    vitals = {pattern: title for title, pattern in VITALS.items() if any(columns_of(run, pattern) for run in runs)}
+    drawn = {*COLUMNS, "loss_mean", *(name for run in runs for p in vitals for name in columns_of(run, p))}
+    others = {name: name for run in runs for name in run.history.columns if name not in drawn}
     numeric = {name: title for name, title in others.items() if any(_is_numeric(run, name) for run in runs)}
     more = dict(list(numeric.items())[:MORE])
     known = {
@@ -58,7 +61,7 @@ def _panels(runs: list[NamedRun]) -> dict[str, str]:
         for name, title in PANELS.items()
         if name == "loss" or any(np.isfinite(run[name]).any() for run in runs)
     }
-    return {**known, **more}
+    return {**known, **vitals, **more}
 
 
 def _is_numeric(run: NamedRun, name: str) -> bool:
@@ -68,6 +71,13 @@ def _is_numeric(run: NamedRun, name: str) -> bool:
 
 
 def _traces(run: NamedRun, column: str) -> list[Trace]:
+    if column in VITALS.values():
+        found = columns_of(run, column)
+        looks = [{"color": run.colour, "width": 0.7 + 1.5 * i / len(found)} for i in range(len(found))]  # by depth
+        return [
+            _line(run, text(name, 80), *finite(run.steps, run[name]), look)
+            for name, look in zip(found, looks, strict=True)
+        ]
     if column not in COLUMNS and not _is_numeric(run, column):
         return []
     steps, values = finite(run.steps, run[column])
@@ -195,6 +205,8 @@ def _layout(runs: list[NamedRun], panels: dict[str, str]) -> dict[str, Any]:
 
 
 def _known(run: NamedRun, column: str) -> Floats:
+    if column in VITALS.values():
+        return np.concatenate([np.zeros(0), *(finite(run.steps, run[name])[1] for name in columns_of(run, column))])
     if column not in COLUMNS and not _is_numeric(run, column):
         return np.zeros(0)
     values = run[column]
@@ -202,7 +214,8 @@ def _known(run: NamedRun, column: str) -> Floats:
 
 
 def _is_log(values: Floats, column: str = "loss") -> bool:
-    if not len(values) or column not in ("loss", "stability_ratio", "lr"):
+    shares = [VITALS[title] for title in SHARES]
+    if not len(values) or column not in {"loss", "stability_ratio", "lr", *VITALS.values()}.difference(shares):
         return False
     if column == "loss":
         return bool(values.min() > 0 and values.max() > 20 * values.min())

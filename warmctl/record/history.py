@@ -151,6 +151,11 @@ class History(Sequence[Row]):
     def schedule(self, path: str | os.PathLike[str] | None = None) -> RecordedWarmup:
         """What the controller did, as a schedule that other seeds and sweeps can replay; written to `path` if given.
 
+        >>> train(opt := AdaptiveWarmup(optimizer, model))
+        >>> recorded = opt.history.schedule("warmup.json")
+        >>> [recorded(t) for t in range(24)] == opt.history["scale"]
+        True
+
         Raises ValueError for a history without scales.
         """
         recorded = RecordedWarmup.of(self)

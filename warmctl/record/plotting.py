@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -33,18 +33,20 @@ from warmctl.record.panels import (
 )
 from warmctl.record.shown import plain
 from warmctl.record.style import INK, LARGE, colours
+from warmctl.record.vital_panels import VITAL_PANELS, VITALS, columns_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RATIO, RATE = "stability ratio", "learning rate"
-PANELS = {
+PANELS: dict[str, Callable[[Axes, list[NamedRun]], None]] = {
     "loss": draw_loss,
     RATIO: draw_ratio,
     "representation change": draw_change,
     "end slope": draw_slope,
     RATE: draw_rate,
+    **VITAL_PANELS,
 }
 """From top to bottom. The column of a gauge has the name of its panel."""
 ALWAYS = "loss", RATIO, RATE
@@ -60,18 +62,19 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     xscale: Literal["linear", "log"] = "linear",
 ) -> Figure:
-    """Draw one run, or several by name, in three to five panels over a shared axis of steps.
+    """Draw one run, or several by name, in three panels or more over a shared axis of steps.
 
     `history` is a History, a list of rows, the path of a JSONL file, or a mapping from names to any of these.
     Runs may lack columns: one logged by hand with "step", "loss" and "lr" only is a baseline. `axes`: three
-    to draw on, from top to bottom, without the two gauges below. `path`: where to save the figure, its format
+    to draw on, from top to bottom, without gauges and vital signs. `path`: where to save the figure, its format
     by the suffix. `xscale`: "log" opens up the first steps, where warmup is short against the run.
 
     Top: loss, lightly smoothed over the raw values; a cross where a run diverged. Then the stability ratio,
     with its edge at 1 and the controller's target; dots where it was measured. Where warmup has recorded them,
     how far a step moves the representations, over the band of healthy trainings, and the slope at the end of
-    the steps. Bottom: the applied learning rate, solid, and the scheduled one, dashed. A vertical line is the
-    end of warmup.
+    the steps. Then the applied learning rate, solid, and the scheduled one, dashed. Below it, where `Vitals` has
+    looked, a panel of each kind of its readings, a line a layer, from dark to light by depth; of several runs in
+    the colour of the run. A vertical line is the end of warmup.
 
     Raises ImportError without matplotlib, ValueError if there is nothing to draw.
     """
@@ -110,6 +113,8 @@ def plot(
 
 
 def _recorded(panel: str, runs: list[NamedRun]) -> bool:
+    if panel in VITALS:
+        return any(columns_of(run, VITALS[panel]) for run in runs)
     return any(np.isfinite(run[panel.replace(" ", "_")]).any() for run in runs)
 
 

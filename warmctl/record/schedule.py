@@ -25,8 +25,12 @@ FORMAT = "warmctl recorded warmup, 1"
 class RecordedWarmup:
     """The scales of a controlled run, to be applied again: `recorded(t)` is that of the t-th step, counted from 0.
 
-        recorded = opt.history.schedule("warmup.json")
-        scheduler = RecordedWarmup.load("warmup.json").scheduler(optimizer, decay=cosine)
+    >>> train(opt := AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=30.0), model))
+    >>> recorded = opt.history.schedule("warmup.json")
+    >>> again = torch.optim.SGD(model.parameters(), lr=30.0)
+    >>> scheduler = RecordedWarmup.load("warmup.json").scheduler(again, decay=lambda step: 0.999**step)
+    >>> again.param_groups[0]["lr"] == opt.history[0]["lr"]
+    True
 
     It belongs to the model, the batch size, the optimizer and the peak rate it was recorded with. After the last
     recorded step the last scale stays. Costs no gradient evaluation.

@@ -29,12 +29,15 @@ LEGEND: dict[str, Any] = {
 
 def colours(count: int) -> list[str]:
     """As many colours that can be told apart: the palette, or shades in order where it does not reach."""
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
+    return list(COLOURS[:count]) if count <= len(COLOURS) else shades(count)
+
+
+def shades(count: int) -> list[str]:
+    """From dark to light: colours of what has an order."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [to_hex(colormaps["viridis"](0.95 * i / (count - 1))) for i in range(count)]
+    return [to_hex(colormaps["viridis"](0.9 * i / max(count - 1, 1))) for i in range(count)]
 
 
 def dress(axis: Axes) -> None:
@@ -52,7 +55,7 @@ def legend_beside(axis: Axes, *entries: tuple[str, dict[str, Any]], high: bool =
     """What the looks of lines mean, in the right margin of their panel, at its foot or at its head."""
     from matplotlib.lines import Line2D
 
-    keys = [Line2D([], [], color=MUTED, **look) for _, look in entries]
+    keys = [Line2D([], [], **{"color": MUTED, **look}) for _, look in entries]
     place = {"loc": "upper left" if high else "lower left", "bbox_to_anchor": (1.01, 1 if high else 0)}
     axis.legend(keys, [name for name, _ in entries], **{**LEGEND, **place})
 

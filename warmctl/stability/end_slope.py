@@ -7,13 +7,14 @@ slope: above 0 the loss still falls that way, below 0 the steps went past where 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from warmctl.distributed import sum_over_shards
+from warmctl.distributed import inner_product, sum_over_shards
 from warmctl.vectors import Vector, dense_gradient, local, products, squares
 
 MEMORY = 0.97
@@ -81,15 +82,21 @@ class EndSlope:
         return {p: torch.zeros_like(t, dtype=_at_least_float32(t)) if a is None else a for p, a, t in kept}
 
     def load_vector(self, parts: Sequence[Tensor | None], params: list[Tensor]) -> None:
-        """Continue from a saved average, if as many parameters were followed then."""
-        if self.followed != len(params):
-            return self.forget()
+        """Continue from a saved average, if as many parameters were followed then.
+
+        Raises: ValueError for one that is not finite. Nothing is changed then.
+        """
         saved = [*parts, *[None] * (len(params) - len(parts))]
-        self._params = list(params)
-        self._average = [
+        average = [
             None if a is None else local(a).to(local(p).device, _at_least_float32(p), copy=True)
             for a, p in zip(saved, params, strict=True)
         ]
+        whole = [torch.zeros_like(local(p)) if a is None else a for a, p in zip(average, params, strict=True)]
+        if not math.isfinite(inner_product(params)(whole, whole)):
+            raise ValueError("warmctl_average is not finite in the checkpoint")
+        if self.followed != len(params):
+            return self.forget()
+        self._params, self._average = list(params), average
         return None
 
 

@@ -116,6 +116,11 @@ class Meter:
         products = self.last.hvps / self.probe_steps or 1.0  # twice as many at the first
         return max(self.last.cost / products, 1.0)
 
+    def check_even(self, phase: str) -> None:
+        """Raise RuntimeError if a rank may run out of batches before others, where the step has collectives."""
+        if phase != "done" or self.sources.nonfinite.skip:
+            self.prober.ranks.check_even()
+
     def read(
         self, due: str, params: list[Tensor], rate: float, each_step: bool, scale: float = 1.0
     ) -> Measurement | None:
@@ -163,7 +168,10 @@ class Meter:
         if self._update is not None:
             update = self._update
             found = update if isinstance(update, Measurement) else self.prober.after_update(update, max(scale, 1e-12))
-            self._along_last_update = self._booked(found, params)
+            if found is None:  # nothing moved
+                self.counts.cost += update.cost if isinstance(update, RealisedUpdate) else 0.0
+            else:
+                self._along_last_update = self._booked(found, params)
 
     def look(self, params: list[Tensor], rate: float) -> None:
         """Look at the representations before an update at this applied rate, if its batch can be evaluated again."""
@@ -260,14 +268,8 @@ class Meter:
 
     def _say_silent(self, scale: float) -> None:
         """Once, and not where `Sources.missing` has said it."""
-        if scale < SILENT_SCALE and "silent" not in self._said:
-            run = self.sources.closure.run
-            if run is not None and run.skipped:
-                cause = NO_BACKWARD_IN_CLOSURE
-            elif self.counts.probes:
-                cause = NOT_AGAIN
-            else:
-                return
+        cause = _cause_of_silence(self.sources, self.counts.probes)
+        if cause and scale < SILENT_SCALE and "silent" not in self._said:
             self._said.add("silent")
             warn(SILENT.format(steps=SILENT_STEPS, scale=scale, cause=cause))
 
@@ -298,3 +300,8 @@ class Meter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_update": None, "_before": None}
+
+
+def _cause_of_silence(sources: Sources, probes: float) -> str:
+    run = sources.closure.run
+    return NO_BACKWARD_IN_CLOSURE if run is not None and run.skipped else NOT_AGAIN if probes else ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from warmctl import distributed
 from warmctl.curvature.operators import HessianOperator
 from warmctl.loss.no_trace import no_trace
+from warmctl.loss.ranks import Ranks
 from warmctl.loss.replay import Replay
 from warmctl.loss.scaler import loss_scale
 from warmctl.loss.source import Replays
@@ -41,15 +42,18 @@ class RealisedUpdate:
     gradient: Vector
     cost: float
 
-    def measure(self, scale: float) -> Measurement:
+    def measure(self, scale: float) -> Measurement | None:
         """−½ ΔᵀHΔ / (gᵀΔ) over `scale`, with HΔ from the gradients at both ends.
 
         On a quadratic that is 1 − ΔL/(gᵀΔ), but a small step is not lost in the rounding of the loss. A constant
         factor on the loss does not matter. Undefined, and said so, where the update was not a descent direction.
+        None where nothing moved: the first steps of SOAP, and of RAdam without its schedule, only gather statistics.
         """
         params = self.replay.params
         inner = distributed.inner_product(params)
         update = add_([t.clone() for t in locals_of(params)], self.before, -1.0)
+        if inner(update, update) == 0.0:
+            return None
         slope = inner(self.gradient, update)
         if not slope < 0:
             return failed("the update does not descend the gradient of its batch")
@@ -102,6 +106,11 @@ class Prober:
         self._replays = Replays(model)
         self._change = RepresentationChange(model)
         self._looked_at: Replay | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that measure together."""
+        return self._replays.ranks
 
     def probe(self, params: list[Tensor], seed: int) -> Measurement:
         """Measure the coming step. Cost: the estimator's, and at the first what the source spends on its checks."""
@@ -183,27 +192,34 @@ class Prober:
 
         return self._guarded(begin, params)
 
-    def after_update(self, update: RealisedUpdate, scale: float) -> Measurement:
-        """The ratio along the update that was made at `scale`. Cost: 1 more."""
+    def after_update(self, update: RealisedUpdate, scale: float) -> Measurement | None:
+        """The ratio along the update that was made at `scale`; None if it moved nothing. Cost: 1 more."""
         found = self._guarded(lambda: update.measure(scale), update.replay.params)
-        return replace(found, cost=found.cost + update.cost)
+        return None if found is None else replace(found, cost=found.cost + update.cost)
 
     def look(self, params: list[Tensor]) -> float:
         """Look at the representations before the update; `changed` tells how far it has moved them. Returns the cost.
 
-        That is a forward pass, and what the source spends; 0 where nothing can be evaluated again.
+        That is a forward pass, and what the source spends; 0 where nothing can be evaluated again. A look that fails
+        is over: `changed` knows nothing then, and costs nothing.
         """
+        spent = 0.0
 
-        def begin() -> float:
-            self._looked_at = self.sources.forward(params, self._replays)
+        def begin() -> Replay | None:
+            nonlocal spent
+            replay = self.sources.forward(params, self._replays)
             spent = float(self._replays.spent)
-            if self._looked_at is None:
-                return spent
-            self._change.before(self._looked_at)
-            return spent + FORWARD
+            if replay is not None:
+                spent += FORWARD
+                self._change.before(replay)
+            return replay
 
         found = self._guarded(begin, params)
-        return found.cost if isinstance(found, Measurement) else found
+        if isinstance(found, Measurement):
+            self._looked_at = None
+            return spent or found.cost
+        self._looked_at = found
+        return spent
 
     def changed(self) -> tuple[float, float]:
         """The relative representation change of the update made since `look`, nan if not to be seen; and the cost."""

@@ -1,6 +1,7 @@
 """Which update rule an optimizer has: the table of those that are known, and how to add to it.
 
-What a rule says, and why one eigenvalue decides, is in `rules/rule.py`; those of torch.optim are beside it.
+What a rule says, and why one eigenvalue decides, is in `rules/rule.py`; those of torch.optim and of some other packages
+are beside it.
 
 An optimizer that is not known here has no rule (`update_rule` returns None). Rprop, Adafactor, Muon and
 SparseAdam (whose moments move only in the rows in use) are left to a ratio measured along the update; LBFGS is
@@ -12,12 +13,6 @@ refused. To teach another:
 
     # A subclass that overrides `step`, to log for instance, but updates as AdamW does.
     register_update_rule(LoggedAdamW, update_rule(torch.optim.AdamW))
-
-    # schedulefree: the gradient is taken at (1 − β) z + β x, and the average x soon moves slowly.
-    register_update_rule(
-        SGDScheduleFree,
-        UpdateRule(edge=lambda g: 2 / (1 - g["momentum"]), coupled_decay=lambda g: g["weight_decay"]),
-    )
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ import torch
 
 from warmctl.chained import ChainedOptimizer
 from warmctl.proxy import OptimizerProxy
-from warmctl.stability.rules import adaptive, descent
+from warmctl.stability.rules import adaptive, descent, third_party
 from warmctl.stability.rules.by_group import RuleByGroup
 from warmctl.stability.rules.rule import UpdateRule as UpdateRule
 
@@ -57,8 +52,9 @@ def update_rule(optimizer: torch.optim.Optimizer | type) -> UpdateRule | None:
         return _rule_of_chain(optimizer)
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     for ancestor in optimizer_class.__mro__:
-        if ancestor in _RULES:
-            return _RULES[ancestor] if _step_of(ancestor) is _step_of(optimizer_class) else None
+        rule = _RULES.get(ancestor) or third_party.rule_by_name(ancestor, optimizer)
+        if rule is not None:
+            return rule if _step_of(ancestor) is _step_of(optimizer_class) else None
     return None
 
 

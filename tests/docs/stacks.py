@@ -1,0 +1,79 @@
+"""The table of stacks in the docs, from the marks of the tests: `python -m tests.docs.stacks` writes it into its page.
+
+    @pytest.mark.stack("Lightning", "resume exact")
+    def test_checkpoint_and_resume_in_mid_warmup(...)
+
+says that this test holds that cell; with `refused="…"` it holds that this is an error, and the words say what to do
+instead. Marks are read from the source, so that no framework is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parents[1]
+PAGE = TESTS.parent / "docs" / "how-to" / "index.md"
+BEGIN, END = "<!-- stacks: python -m tests.docs.stacks -->\n\n", "\n<!-- end of stacks -->"
+STACKS = (
+    "plain PyTorch", "nanoGPT's script", "HF Trainer", "Lightning", "Accelerate", "DDP", "FSDP2", "torch.compile",
+    "two optimizers", "other packages' optimizers", "timm-style groups", "torchtitan-style groups", "DeepSpeed",
+    "FSDP1", "tensor parallel",
+)  # fmt: skip
+COLUMNS = (
+    "one line changed", "level with bare", "resume exact", "accumulation", "AMP", "several processes", "logs",
+)  # fmt: skip
+
+
+class Held(NamedTuple):
+    stack: str
+    column: str
+    file: Path
+    test: str
+    refused: str
+
+
+def marks() -> list[Held]:
+    """Every mark of every test, file by file."""
+    return [held for file in sorted(TESTS.rglob("test_*.py")) for held in _marks_in(file)]
+
+
+def _marks_in(file: Path) -> Iterator[Held]:
+    source = file.read_text()
+    if "mark.stack(" not in source:
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.stack":
+                    stack, column = map(ast.literal_eval, mark.args)
+                    refused = "".join(ast.literal_eval(keyword.value) for keyword in mark.keywords)
+                    yield Held(stack, column, file, node.name, refused)
+
+
+def cell(stack: str, column: str, held: list[Held]) -> str:
+    found = [mark for mark in held if (mark.stack, mark.column) == (stack, column)]
+    if not found:
+        return "not tested"
+    links = [f'[{n}](../../{m.file.relative_to(TESTS.parent)} "{m.test}")' for n, m in enumerate(found, start=1)]
+    return f"{'refused' if found[0].refused else 'held by'} {' '.join(links)}"
+
+
+def table() -> str:
+    held = marks()
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {stack} | {' | '.join(cell(stack, column, held) for column in COLUMNS)} |" for stack in STACKS]
+    refused = [f"- {mark.stack}, {mark.column}: {mark.refused}." for mark in held if mark.refused]
+    return "\n".join([*lines, *(["", "Refused:", "", *refused] if refused else [])]) + "\n"
+
+
+def written(page: str) -> str:
+    """The page with the table as it is now."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
