@@ -22,12 +22,13 @@ AFTER = ("guard", "hold", "release")
 
 def wrapped(optimizer: Any, model: Any) -> Optimizer:
     """The optimizer, of a list a chain. Raises unless it can be wrapped and holds parameters of `model`."""
-    whole: Optimizer = ChainedOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
-    for member in getattr(whole, "members", [whole]):
+    several = isinstance(optimizer, (list, tuple))
+    for member in optimizer if several else [optimizer]:
         _one(member)
-    _of_model(whole, model)
-    _saves_as_torch_does(whole)
-    return whole
+    found: Optimizer = ChainedOptimizer(optimizer) if several else optimizer
+    _of_model(found, model)
+    _saves_as_torch_does(found)
+    return found
 
 
 def _one(optimizer: Any) -> None:

@@ -20,14 +20,11 @@ class ChainedOptimizer(Optimizer):
 
     `state_dict` has the layout of one optimizer with all the groups. A closure is evaluated once, for all.
 
-    Raises: TypeError for what is no optimizer, ValueError without members or for a parameter in two of them.
+    Raises: ValueError without members, or for a parameter in two of them.
     """
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
         self.members = list(members)
-        strangers = [type(member).__name__ for member in self.members if not isinstance(member, Optimizer)]
-        if strangers:
-            raise TypeError(f"a list of optimizers must hold torch.optim.Optimizers alone, got {', '.join(strangers)}")
         held = [id(p) for group in self.param_groups for p in group["params"]]
         if not held:
             raise ValueError("the list of optimizers is empty: give at least one")

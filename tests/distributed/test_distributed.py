@@ -14,7 +14,7 @@ pytestmark = needs_gloo
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Ranks]:
-    found: dict[str, Ranks] = launch("tests.distributed.worker", 2)
+    found: dict[str, Ranks] = launch("tests.distributed.layouts", 2)  # and with it those of worker.py
     return found
 
 
@@ -114,9 +114,17 @@ def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks
     assert first["scales"] == second["scales"] and first["probes"] > 5 and not first["failures"]
     assert 0.02 <= max(first["scales"]) < 0.5  # at a rate that is far too high
     assert sum(first["losses"][-4:]) / 4 < 0.3 * first["losses"][0]
+    assert max(first["losses"][-4:]) < 0.4 * first["losses"][0]
 
 
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
     for found in ranks(results, "fsdp1"):
         assert len(found["said"]) == 3
         assert all("FSDP1" in words and "FSDP2" in words and "DDP" in words for words in found["said"])
+
+
+def test_tensor_parallel_layers_are_measured_as_one_process_does(results: dict[str, Ranks]) -> None:
+    first, second = ranks(results, "tensor_parallel")
+    assert first["decisions"] == second["decisions"] and first["weights"] == second["weights"]
+    assert first["probes"] == 6 and not first["failures"]
+    assert first["sharpness"] == pytest.approx(first["expected"], rel=1e-5)

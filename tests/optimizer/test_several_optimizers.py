@@ -171,7 +171,7 @@ def test_lists_that_cannot_work() -> None:
         AdaptiveWarmup([], model)
     with pytest.raises(ValueError, match="in two of the optimizers"):
         AdaptiveWarmup([adam, SGD(model.rest, 0.1)], model)
-    with pytest.raises(TypeError, match="Optimizers alone, got Net"):
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got Net"):
         AdaptiveWarmup([adam, model], model)  # type: ignore[list-item]
     with pytest.raises(TypeError, match="LBFGS chooses its own step length"):
         AdaptiveWarmup([torch.optim.LBFGS(model.parameters())], model)
