@@ -48,7 +48,7 @@ def controlled(seed: int, times_the_edge: float) -> list[Row]:
 RUNS: dict[str, tuple[Callable[[int], list[Row]], str]] = {
     "right": (lambda seed: train(net(seed), 0.1, warmup=20), "well warmed"),
     "none needed": (lambda seed: train(net(seed), 0.05), "well warmed"),
-    "too short": (lambda seed: train(net(seed, nn.Tanh), 1.0), "under-warmed"),
+    "too short": (lambda seed: train(net(seed, nn.Tanh), 1.5), "under-warmed"),
     "too long": (lambda seed: train(net(seed), 0.1, warmup=140), "over-warmed"),
     "dead": (lambda seed: train(net(seed), 2.0), "lost"),
     "diverged": (lambda seed: train(net(seed, nn.Identity), 3.0), "lost"),
