@@ -114,7 +114,6 @@ def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks
     assert first["scales"] == second["scales"] and first["probes"] > 5 and not first["failures"]
     assert 0.02 <= max(first["scales"]) < 0.5  # at a rate that is far too high
     assert sum(first["losses"][-4:]) / 4 < 0.3 * first["losses"][0]
-    assert max(first["losses"][-4:]) < 0.4 * first["losses"][0]
 
 
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
