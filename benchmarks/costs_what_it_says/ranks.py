@@ -2,11 +2,10 @@
 
     python -m benchmarks.costs_what_it_says.ranks [--quick]
 
-AdamW over gloo; an MLP of 2e6 parameters for times, of 2e7 for memory. Times are ratios of steps that alternate in
-one process. Memory is the growth of the most that rank 0 ever had resident, from before the first step, in runs of
-their own; the batch is small, that activations weigh little. Both ranks share one machine here, so communication
-costs next to nothing of what it does between machines: what holds elsewhere are the counts, of evaluations and of
-vectors.
+AdamW over gloo; an MLP of 2e6 parameters for times, of 2e7 for memory. Times are ratios of steps that alternate in one
+process. Memory is the growth of the most that rank 0 ever had resident, from before the first step, in runs apart;
+the batch is small, that activations weigh little. Both ranks share one machine here, so communication costs next to
+nothing of what it does between machines: what holds elsewhere are the counts, of evaluations and of vectors.
 """
 
 from __future__ import annotations
