@@ -38,10 +38,13 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
 
 
 def check_layout(model: nn.Module, params: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where the optimizer holds flat shards in place of the model's own parameters."""
+    """Raise RuntimeError where the optimizer holds flat shards in place of the model's own parameters.
+
+    Some that are not the model's are no such sign; nor is FSDP2's model while its parameters are gathered.
+    """
     own = {id(p) for p in model.parameters()}
     flat = any(getattr(p, "_fsdp_flattened", False) for p in params)  # torch's own mark
-    if flat or not {id(p) for p in params} <= own:
+    if flat or (params and own.isdisjoint(map(id, params)) and not is_sharded(params)):
         raise RuntimeError(
             FLAT.format("FSDP1 (FullyShardedDataParallel) holds" if flat else "DeepSpeed, or the like, holds")
         )

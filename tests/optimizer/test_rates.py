@@ -189,3 +189,13 @@ def test_a_scheduler_sees_and_sets_the_rates_of_the_bare_optimizer(kind: type) -
     assert_same(found[:2], bare[:2])
     assert found[2] and not bare[2]  # the wrapper did scale inside
     assert not any("before" in message for message in found[1])
+
+
+def test_flat_shards_in_place_of_the_models_parameters_are_refused() -> None:
+    """As an engine leaves them that takes the optimizer over after it was wrapped."""
+    model, opt = wrapped()
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    opt.param_groups[0]["params"] = [flat]
+    loss_fn(model, batch_of(0)).backward()
+    with pytest.raises(RuntimeError, match="flat shards"):
+        opt.step()

@@ -241,7 +241,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 
 
 def test_what_is_missing_says_why() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.TransformerEncoderLayer(6, 1, 6, dropout=0.0), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(6, 6), nn.TransformerEncoderLayer(6, 1, 6, dropout=0.1), nn.Linear(6, 3))
     found = plan(model, loss_fn, batch_of(0), torch.optim.SGD(model.parameters(), 1e4))
     assert found.spectral_bound is None and "1 (TransformerEncoderLayer)" in found.spectral_bound_reason
     assert found.warmup_steps is None and "lower the peak" in found.reasons["warmup_steps"]
