@@ -63,7 +63,7 @@ def _compiled_or_plain(model: nn.Module) -> list[nn.Module]:
         return []
     from torch._dynamo import OptimizedModule
 
-    compiled = [thing for thing in gc.get_objects() if type(thing) is OptimizedModule]
+    compiled = [thing for thing in gc.get_referrers(OptimizedModule) if type(thing) is OptimizedModule]  # its instances
     twins = [m for m in compiled if m._orig_mod is model or getattr(m._orig_mod, "module", None) is model]
     return [*twins, model._orig_mod] if isinstance(model, OptimizedModule) else [*twins]
 
