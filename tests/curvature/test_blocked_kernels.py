@@ -90,7 +90,7 @@ def test_compiled_model(whole_loss: bool) -> None:
     else:
         compiled = torch.compile(problem.model, backend="aot_eager")
         loss = lambda: classification(compiled, problem.batch)  # noqa: E731
-    with pytest.raises(RuntimeError, match="does not currently support double backward|donated buffers"):
+    with pytest.raises(RuntimeError, match=r"does not currently support double backward|donated buffers"):
         plain_product(loss(), problem.params)
     operator = HessianOperator(loss, problem.params)
     assert error(operator, oracle(problem)) < 1e-6
