@@ -16,6 +16,8 @@ from warmctl.diagnosis.files import log_of
 from warmctl.diagnosis.rules import RULES, table
 from warmctl.record.history import History
 
+pytestmark = pytest.mark.xdist_group("files")  # its fixture is made once
+
 ROOT = Path(__file__).parents[2]
 
 

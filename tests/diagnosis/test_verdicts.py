@@ -20,6 +20,8 @@ from warmctl import AdaptiveWarmup
 from warmctl.diagnosis import Diagnosis, diagnose
 from warmctl.diagnosis.rules import VERDICTS
 
+pytestmark = pytest.mark.xdist_group("verdicts")  # its fixture is made once
+
 SEEDS = (0, 1)
 
 

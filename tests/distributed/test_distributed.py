@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.launch import launch, needs_gloo
 
 Ranks = list[dict[str, Any]]
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.xdist_group("distributed")]  # its fixture is made once
 
 
 @pytest.fixture(scope="module")

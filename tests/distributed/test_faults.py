@@ -10,7 +10,7 @@ from tests.distributed.faults import BACKWARD, FAILING, IN_BACKWARD, SOURCES, ST
 from tests.distributed.launch import launch, needs_gloo
 
 Results = dict[str, list[dict[str, Any]]]
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.xdist_group("faults")]  # its fixture is made once
 
 
 def check(results: Results, name: str) -> None:

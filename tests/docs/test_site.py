@@ -11,6 +11,8 @@ import pytest
 
 import warmctl
 
+pytestmark = pytest.mark.xdist_group("site")  # its fixture is made once
+
 pytest.importorskip("mkdocs")
 pytest.importorskip("mkdocstrings")
 

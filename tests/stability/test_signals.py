@@ -16,6 +16,8 @@ from tests.stability.ranks import LATER, SAVED_AT, STEPS, rule
 from tests.stability.snapshots import Snapshots
 from warmctl.stability.signals import StepSignals
 
+pytestmark = pytest.mark.xdist_group("signals")  # its fixture is made once
+
 Rows = list[list[float]]
 
 
