@@ -21,6 +21,7 @@ from warmctl.follow.followers import Followers
 from warmctl.loss.nonfinite import SKIPPED
 from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
+from warmctl.momentum import persistence
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
 from warmctl.record.about import configuration
@@ -193,7 +194,7 @@ class AdaptiveWarmup(OptimizerProxy):
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
         reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
         self.sources.nonfinite.make(finite)
-        decision = self.controller.update(rate, reading, slope, self.cadence.surprise)
+        decision = self.controller.update(rate, reading, slope, self.cadence.surprise, persistence(self.param_groups))
         if self.phase != before:
             self._signals.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
