@@ -22,7 +22,7 @@ NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 10.0, 2.0
+BURST, RESERVE = 8.0, 2.0
 """Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
@@ -60,7 +60,7 @@ class Cadence:
         budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst.
     """
 
-    def __init__(self, every: int | str = "auto", budget: float = 0.034) -> None:
+    def __init__(self, every: int | str = "auto", budget: float = 0.02) -> None:
         self.every, self.budget = every, budget
         self.state = CadenceState()
 
