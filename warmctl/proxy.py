@@ -43,6 +43,10 @@ class OptimizerProxy(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # as engines do that shard parameters themselves
+        self.base.param_groups = groups
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state

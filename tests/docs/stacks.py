@@ -21,8 +21,8 @@ PAGE = TESTS.parent / "docs" / "how-to" / "index.md"
 BEGIN, END = "<!-- stacks: python -m tests.docs.stacks -->\n\n", "\n<!-- end of stacks -->"
 STACKS = (
     "plain PyTorch", "nanoGPT's script", "HF Trainer", "Lightning", "Accelerate", "DDP", "FSDP2", "torch.compile",
-    "two optimizers", "other packages' optimizers", "timm-style groups", "torchtitan-style groups", "DeepSpeed",
-    "FSDP1", "tensor parallel",
+    "two optimizers", "other packages' optimizers", "timm-style groups", "torchtitan-style groups",
+    "tensor parallel", "FSDP1", "DeepSpeed without ZeRO", "DeepSpeed with ZeRO",
 )  # fmt: skip
 COLUMNS = (
     "one line changed", "level with bare", "resume exact", "accumulation", "AMP", "several processes", "logs",
