@@ -14,9 +14,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from tests.distributed.launch import from_all_ranks
-from tests.distributed.regression import Regressor, batch, build, own, seen, truth
+from tests.distributed.regression import Regressor, batch, build, own, seen
 from tests.integrations.helpers import decisions
-from warmctl import AdaptiveWarmup
+from tests.integrations.on_ranks import last_of_all_ranks
+from warmctl import AdaptiveWarmup, sharpness
 
 
 class Script:
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> dict[str, list[Any]]:
     found: dict[str, Any] = {}
     for parts in (1, 2):
         script = Script(parts=parts)
-        expected = truth(build()) if parts == 1 else truth_of_last_parts()
+        expected = sharpness(build(), lambda m, b: m(*b)["loss"], last_of_all_ranks(0, parts), tol=1e-8).eigenvalue
         found[f"trained in {parts}"] = seen(script.model, script.train().opt, expected) | {"log": script.opt.scalars()}
     bare, ours = Script(wrapped=False, lr=0.1), Script(lr=0.1, every="auto")
     found["level"] = [bare.loss, *(s.train(range(200)).loss for s in (bare, ours))]
@@ -127,12 +128,3 @@ def main(arguments: list[str]) -> dict[str, list[Any]]:
         refusal(0, wrapped=True, dtype="bf16"),
     ]
     return {name: from_all_ranks(value) for name, value in found.items()}
-
-
-def truth_of_last_parts() -> float:
-    """Of the last micro-batch of both ranks, by one process."""
-    from warmctl import sharpness
-
-    last = [tuple(t[r * 16 + 8 : r * 16 + 16] for t in batch(0)) for r in range(2)]
-    both = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
-    return sharpness(build(), lambda m, b: m(*b)["loss"], both, tol=1e-8).eigenvalue

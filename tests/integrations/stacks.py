@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
@@ -55,11 +56,20 @@ STACKS = {
 
 
 class Script:
-    """A training in one of the stacks, bare or wrapped."""
+    """A training in one of the stacks, bare or wrapped. `outer` is DDP; each rank then takes its share of a batch."""
 
-    def __init__(self, name: str, *, wrapped: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        wrapped: bool = True,
+        dtype: torch.dtype = torch.float32,
+        outer: Callable[[Any], Any] = _as_it_is,
+        **options: Any,
+    ) -> None:
+        self.rank, self.ranks = (0, 1) if outer is _as_it_is else (dist.get_rank(), dist.get_world_size())
         self.model = Net().to(dtype)
-        self.called = STACKS[name].called(self.model)
+        self.called = outer(STACKS[name].called(self.model))
         base = STACKS[name].base(self.model)
         self.opt: Any = AdaptiveWarmup(base, self.model, **options) if wrapped else base
         self.x = X.to(dtype)
@@ -68,6 +78,7 @@ class Script:
         optimizers = self.opt if isinstance(self.opt, list) else [self.opt]
         for step in steps:
             rows = torch.randint(len(X), (64,), generator=torch.Generator().manual_seed(step))
+            rows = rows.chunk(self.ranks)[self.rank]
 
             def closure(rows: Tensor = rows) -> Tensor:
                 for opt in optimizers:

@@ -73,12 +73,23 @@ class GPT(nn.Module):
 
 
 def nanogpt(
-    wrap: Wrap, *, accumulation: int = 2, steps: int = 12, learning_rate: float = 3e-2, clip: float = 1.0
+    wrap: Wrap,
+    *,
+    accumulation: int = 2,
+    steps: int = 12,
+    learning_rate: float = 3e-2,
+    clip: float = 1.0,
+    outer: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
-    """train.py. Returns the model, the optimizer, and the rates that the loop saw after each step."""
+    """train.py. Returns the model, the optimizer, and the rates that the loop saw after each step.
+
+    `outer` is DDP, under which each rank draws batches of its own; `dtype` of autocast.
+    """
+    rank = 0 if outer is None else torch.distributed.get_rank()
     torch.manual_seed(1337)
     data = torch.randint(VOCABULARY, (4096,)).cumsum(0) % VOCABULARY
-    draws = torch.Generator().manual_seed(7)
+    draws = torch.Generator().manual_seed(7 + rank)
 
     def get_batch() -> tuple[Tensor, Tensor]:
         ix = torch.randint(len(data) - BLOCK, (8,), generator=draws)
@@ -98,10 +109,13 @@ def nanogpt(
         return sum(losses) / 2
 
     rates, evaluations = [], []
-    model = GPT()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ctx = nullcontext() if dtype is None else torch.amp.autocast("cpu", dtype)
+    model: Any = GPT()
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(1e-1, learning_rate, (0.9, 0.95))
     optimizer = wrap(optimizer, model)  # the only line that differs
+    if outer is not None:
+        model = outer(model)
     X, Y = get_batch()
     for iter_num in range(steps):
         lr = get_lr(iter_num)
@@ -109,8 +123,10 @@ def nanogpt(
             param_group["lr"] = lr
         if iter_num % 5 == 0:
             evaluations.append(estimate_loss())
-        for _ in range(accumulation):
-            with nullcontext():
+        for micro_step in range(accumulation):
+            if outer is not None:
+                model.require_backward_grad_sync = micro_step == accumulation - 1
+            with ctx:
                 _logits, loss = model(X, Y)
                 loss = loss / accumulation
             X, Y = get_batch()
