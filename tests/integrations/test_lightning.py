@@ -194,6 +194,34 @@ def test_checkpoint_and_resume_in_mid_warmup(options: dict[str, Any], tmp_path: 
     assert len(resumed.rows) == 8 and any(row["probed"] for row in resumed.rows)
 
 
+@pytest.mark.stack("Lightning", "level with bare")
+def test_level_with_bare_training_at_a_usual_rate() -> None:
+    start, bare, ours = (
+        evaluated(model, steps)
+        for model, steps in ((Classifier(), 0), (Classifier(wrapped=False, lr=0.1), 90), (Classifier(lr=0.1), 90))
+    )
+    assert bare < 0.5 * start and start - ours > 0.9 * (start - bare), (start, bare, ours)
+
+
+def evaluated(model: Classifier, steps: int) -> float:
+    if steps:
+        fit(model, steps)
+    x, y = data().tensors
+    with torch.no_grad():
+        return float(F.cross_entropy(model.eval()(x), y))
+
+
+@pytest.mark.stack("Lightning", "AMP")
+def test_bf16_mixed() -> None:
+    bare, low, full = Classifier(wrapped=False, lr=0.1), *(Classifier(lr=0.1, control=False, every=2) for _ in range(2))
+    for model in (bare, low):
+        fit(model, 6, precision="bf16-mixed")
+    fit(full, 6)
+    assert torch.equal(low.weights, bare.weights) and not torch.equal(low.weights, full.weights)
+    assert low.opt.metrics["probes"] == 3 and not failures(low.rows)
+    assert low.rows[0]["stability_ratio"] == pytest.approx(full.rows[0]["stability_ratio"], rel=0.3)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_step_that_returns_none_is_no_step(accumulation: int) -> None:
     """Lightning calls `step` all the same, with a closure that runs no backward."""

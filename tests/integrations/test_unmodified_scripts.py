@@ -6,9 +6,11 @@ groups at every iteration, micro-batches are averaged by hand, and the step goes
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.helpers import weights
+from tests.integrations.helpers import decisions
 from warmctl import AdaptiveWarmup, sharpness
 
 Wrap = Callable[[Optimizer, nn.Module], Optimizer]
@@ -81,14 +84,17 @@ def nanogpt(
     clip: float = 1.0,
     outer: Any = None,
     dtype: torch.dtype | None = None,
+    saved_at: int = -1,
+    checkpoint: Any = None,
 ) -> Any:
     """train.py. Returns the model, the optimizer, and the rates that the loop saw after each step.
 
-    `outer` is DDP, under which each rank draws batches of its own; `dtype` of autocast.
+    `outer` is DDP, under which each rank draws batches of its own; `dtype` of autocast; `checkpoint` is a dict, to save
+    into before step `saved_at`, or to go on from where it holds a state.
     """
     rank = 0 if outer is None else torch.distributed.get_rank()
     torch.manual_seed(1337)
-    data = torch.randint(VOCABULARY, (4096,)).cumsum(0) % VOCABULARY
+    data = torch.tensor(list(Path(__file__).read_bytes()[:4096])) % VOCABULARY
     draws = torch.Generator().manual_seed(7 + rank)
 
     def get_batch() -> tuple[Tensor, Tensor]:
@@ -116,8 +122,17 @@ def nanogpt(
     optimizer = wrap(optimizer, model)  # the only line that differs
     if outer is not None:
         model = outer(model)
-    X, Y = get_batch()
-    for iter_num in range(steps):
+    iter_num = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        draws.set_state(checkpoint["draws"])
+        iter_num = checkpoint["iter_num"]
+    X, Y = checkpoint["batch"] if checkpoint else get_batch()
+    for iter_num in range(iter_num, steps):
+        if iter_num == saved_at:
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws.get_state()}
+            checkpoint.update(copy.deepcopy(states), iter_num=iter_num, batch=(X, Y))
         lr = get_lr(iter_num)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
@@ -157,11 +172,11 @@ def test_nanogpt_monitored_is_bitwise_the_bare_run(accumulation: int) -> None:
     assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
 
 
-@pytest.mark.stack("nanoGPT's script", "one line changed")
+@pytest.mark.stack("nanoGPT's script", ("one line changed", "logs"))
 def test_nanogpt_controlled() -> None:
     """The loop's own rate is scaled inside `step` and only there, and control shows in the weights."""
     plain, *_ = nanogpt(bare, learning_rate=0.3)
-    model, opt, rates, _ = nanogpt(lambda o, m: AdaptiveWarmup(o, m), learning_rate=0.3)
+    model, opt, rates, _ = nanogpt(AdaptiveWarmup, learning_rate=0.3)
     assert all(lr == seen for lr, groups in rates for seen in groups)
     rows = list(opt.history)
     assert len(rows) == 12
@@ -170,6 +185,43 @@ def test_nanogpt_controlled() -> None:
     assert min(row["scale"] for row in rows) < 0.5
     assert not torch.equal(weights(plain), weights(model))
     assert all(math.isfinite(row["loss"]) for row in rows)
+    assert all(math.isfinite(value) for value in opt.scalars().values())
+
+
+@pytest.mark.stack("nanoGPT's script", "level with bare")
+def test_nanogpt_level_with_bare_training_at_a_usual_rate() -> None:
+    settings: dict[str, Any] = {"steps": 121, "learning_rate": 3e-3, "accumulation": 1}
+    *_, plain = nanogpt(bare, **settings)
+    *_, ours = nanogpt(AdaptiveWarmup, **settings)
+    assert plain[-1] < 0.75 * plain[0] and plain[0] - ours[-1] > 0.9 * (plain[0] - plain[-1]), (plain, ours)
+
+
+@pytest.mark.stack("nanoGPT's script", "resume exact")
+def test_nanogpt_resumed_in_mid_warmup() -> None:
+    checkpoint: dict[str, Any] = {}
+
+    def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        return AdaptiveWarmup(optimizer, model, every=3)
+
+    whole, opt, *_ = nanogpt(wrap, learning_rate=0.3, saved_at=5, checkpoint=checkpoint)
+    again, resumed, *_ = nanogpt(wrap, learning_rate=0.3, checkpoint=checkpoint)
+    assert opt.history[4]["phase"] == "warmup" and len(resumed.history) == 7
+    assert decisions(list(resumed.history)) == decisions(list(opt.history))[5:]
+    assert torch.equal(weights(again), weights(whole))
+
+
+@pytest.mark.stack("nanoGPT's script", "AMP")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nanogpt_in_low_precision(dtype: torch.dtype) -> None:
+    """With float16 its GradScaler is on. Adam divides by gradients that bfloat16 rounds: the ratio is another."""
+    plain, *_ = nanogpt(bare, dtype=dtype, steps=8)
+    model, opt, *_ = nanogpt(lambda o, m: AdaptiveWarmup(o, m, control=False, every=2), dtype=dtype, steps=8)
+    _, full, *_ = nanogpt(lambda o, m: AdaptiveWarmup(o, m, control=False, every=2), steps=8)
+    assert torch.equal(weights(plain), weights(model)) and opt.metrics["probes"] >= 3
+    assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
+    low, exact = (list(o.history)[0]["stability_ratio"] for o in (opt, full))
+    within = 10 if dtype == torch.bfloat16 else 1.5
+    assert 1 / within < low / exact < within
 
 
 @pytest.mark.stack("nanoGPT's script", "accumulation")
@@ -188,7 +240,6 @@ def test_nanogpt_measures_the_loss_it_trains_on(accumulation: int) -> None:
 
     _, opt, *_ = nanogpt(wrap, accumulation=accumulation, steps=1, clip=0.01)
     torch.manual_seed(1337)
-    torch.randint(VOCABULARY, (4096,))
     x, y = batches[accumulation - 1]
     truth = sharpness(GPT(), lambda m, b: m(*b)[1], (x, y), tol=1e-2)
     assert opt.metrics["sharpness"] == pytest.approx(truth.eigenvalue, rel=0.02)
