@@ -7,7 +7,11 @@ groups at every iteration, micro-batches are averaged by hand, and the step goes
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +26,9 @@ from torch.optim import Optimizer
 from tests.helpers import weights
 from tests.integrations.helpers import decisions
 from warmctl import AdaptiveWarmup, sharpness
+from warmctl.record.history import History
 
+ROOT = Path(__file__).parents[2]
 Wrap = Callable[[Optimizer, nn.Module], Optimizer]
 VOCABULARY, BLOCK, WIDTH = 32, 16, 32
 
@@ -296,3 +302,66 @@ def test_a_small_penalty_beside_the_models_loss_does_not_spoil_the_difference() 
     _, reference = classifier(lambda o, m: AdaptiveWarmup(o, m, control=False, every=1), penalty=1e-9)
     found, expected = (next(iter(list(o.history)[1:]))["sharpness"] for o in (opt, reference))
     assert found == pytest.approx(expected, rel=0.1)
+
+
+# Of TRL's wheel, by `warmctl run` ------------------------------------------------------------------------------
+
+IN_TURN = """
+import sys
+from warmctl.__main__ import main
+
+for name in ("sft", "dpo", "reward"):
+    sys.argv = ["warmctl", "run", "-m", f"trl.scripts.{name}", *sys.argv[sys.argv.index("--use_cpu"):]]
+    sys.argv += ["--dataset_name", f"data_{name}", "--output_dir", f"out_{name}"]
+    try:
+        main()
+    except SystemExit as done:
+        assert not done.code, done.code
+"""
+OPTIONS = (
+    "--use_cpu --model_name_or_path tiny --max_steps 6 --per_device_train_batch_size 4 --max_length 32 --bf16 False "
+    "--report_to none --learning_rate 1e-2 --gradient_checkpointing False --eval_strategy no --save_strategy no"
+)
+PREFERENCE = {"chosen": "the quick brown fox", "rejected": "a lazy dog"}
+ROWS = {"sft": {"text": "the quick brown fox jumps"}, "dpo": {"prompt": "what ", **PREFERENCE}, "reward": PREFERENCE}
+
+
+def tiny_model(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    vocabulary = {chr(32 + index): index for index in range(95)} | {"<unk>": 95, "<eos>": 96}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    ends = {"bos_token_id": 96, "eos_token_id": 96, "pad_token_id": 96}
+    GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ends)).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_scripts_of_trls_wheel(tmp_path: Path) -> None:
+    """Slow: imports TRL, and trains by three of its scripts. Two of Accelerate's are in tests/command."""
+    pytest.importorskip("trl")
+    tiny_model(tmp_path / "tiny")
+    for name, row in ROWS.items():
+        (tmp_path / f"data_{name}").mkdir()
+        lines = [json.dumps({key: f"{words} {index}" for key, words in row.items()}) for index in range(32)]
+        (tmp_path / f"data_{name}" / "train.jsonl").write_text("\n".join(lines))
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, *OPTIONS.split()],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ROWS:
+        history = list(History.from_jsonl(tmp_path / f"{name}.jsonl"))
+        assert len(history) == 6 and history[-1]["probes"] >= 2
+        assert not [row["reason"] for row in history if "failed" in row["reason"]]
+    assert done.stderr.count("warmctl: wrapped AdamW over GPT2") == 3
+    assert done.stderr.count("WarmupTrainerMixin") == 2  # of reward modelling the model makes the loss
