@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
-from torch import nn
 
 from tests.distributed.launch import from_all_ranks
-from tests.distributed.regression import Regressor, batch, build, own, seen
+from tests.distributed.regression import batch, build, own, seen
 from tests.integrations.helpers import decisions
 from tests.integrations.on_ranks import last_of_all_ranks
 from warmctl import AdaptiveWarmup, sharpness
@@ -78,7 +77,7 @@ def resumed() -> dict[str, Any]:
     whole.train(range(4, 10))
     again = Script(every=3, lr=1.0)
     with torch.no_grad():
-        next(again.model.parameters()).zero_()
+        next(again.model.parameters(), strict=True).zero_()
     again.engine.load_checkpoint(folder[0])
     again.train(range(4, 10))
     return {
@@ -105,7 +104,12 @@ def by_accelerate(stage: int) -> dict[str, Any]:
             prepared.zero_grad()
     except RuntimeError as error:
         said = str(error)
-    return {"engine": type(called).__name__, "said": said, "scales": list(opt.history["scale"]), "probes": opt.metrics["probes"]}
+    return {
+        "engine": type(called).__name__,
+        "said": said,
+        "scales": list(opt.history["scale"]),
+        "probes": opt.metrics["probes"],
+    }
 
 
 def main(arguments: list[str]) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Checks of test_on_ranks.py, on each of its two ranks: what a loop is built of, under DDP, FSDP2, tensor parallelism."""
+"""Checks of test_on_ranks.py, on each of its two ranks: DDP, FSDP2, tensor parallelism, what a loop is built of."""
 
 from __future__ import annotations
 
@@ -139,9 +139,7 @@ def resumed(name: str) -> dict[str, Any]:
         whole.train(range(3, 7))
         loaded = _state(again)
         load(loaded, checkpoint_id=Path(folder[0]))
-        set_state_dict(
-            again.model, again.opt, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
-        )
+        set_state_dict(again.model, again.opt, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     again.train(range(3, 7))
     return {
         "phase": phase,

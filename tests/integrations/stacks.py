@@ -39,7 +39,7 @@ def _lion(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class Stack:
-    """`base`: the optimizer of a model, or several, at a rate that suits it; `called`: the module that the loop calls."""
+    """`base`: the optimizer of a model, or several, at a rate that suits it; `called`: the module that is called."""
 
     base: Callable[[nn.Module], Any]
     called: Callable[[nn.Module], Any] = _as_it_is

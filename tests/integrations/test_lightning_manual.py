@@ -85,7 +85,10 @@ def fit(model: Any, steps: int, *callbacks: Any, resume: Path | None = None) -> 
         warnings.simplefilter("always")
         trainer = pl.Trainer(
             max_steps=steps,
-            callbacks=[*callbacks, *([WarmupLogger()] if getattr(model, "way", LOGGED) == LOGGED and model.wrapped else [])],
+            callbacks=[
+                *callbacks,
+                *([WarmupLogger()] if getattr(model, "way", LOGGED) == LOGGED and model.wrapped else []),
+            ],
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,

@@ -38,9 +38,7 @@ def test_level_with_bare_training_at_a_usual_rate(name: str) -> None:
     assert script.opt.phase != "warmup" and not failures(list(script.opt.history))
 
 
-@pytest.mark.stack(
-    ("torch.compile", "two optimizers", "timm-style groups", "torchtitan-style groups"), "resume exact"
-)
+@pytest.mark.stack(("torch.compile", "two optimizers", "timm-style groups", "torchtitan-style groups"), "resume exact")
 def test_resumed_in_mid_warmup_it_goes_on_bit_for_bit(name: str) -> None:
     script = Script(name, every=3).train(range(8))
     assert script.opt.phase == "warmup"

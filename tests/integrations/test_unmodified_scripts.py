@@ -128,14 +128,14 @@ def nanogpt(
     optimizer = wrap(optimizer, model)  # the only line that differs
     if outer is not None:
         model = outer(model)
-    iter_num = 0
+    first = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         draws.set_state(checkpoint["draws"])
-        iter_num = checkpoint["iter_num"]
+        first = checkpoint["iter_num"]
     X, Y = checkpoint["batch"] if checkpoint else get_batch()
-    for iter_num in range(iter_num, steps):
+    for iter_num in range(first, steps):
         if iter_num == saved_at:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws.get_state()}
             checkpoint.update(copy.deepcopy(states), iter_num=iter_num, batch=(X, Y))
@@ -225,7 +225,7 @@ def test_nanogpt_in_low_precision(dtype: torch.dtype) -> None:
     _, full, *_ = nanogpt(lambda o, m: AdaptiveWarmup(o, m, control=False, every=2), steps=8)
     assert torch.equal(weights(plain), weights(model)) and opt.metrics["probes"] >= 3
     assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
-    low, exact = (list(o.history)[0]["stability_ratio"] for o in (opt, full))
+    low, exact = (o.history["stability_ratio"][0] for o in (opt, full))
     within = 10 if dtype == torch.bfloat16 else 1.5
     assert 1 / within < low / exact < within
 
@@ -310,17 +310,18 @@ IN_TURN = """
 import sys
 from warmctl.__main__ import main
 
+options = sys.argv[1:]
 for name in ("sft", "dpo", "reward"):
-    sys.argv = ["warmctl", "run", "-m", f"trl.scripts.{name}", *sys.argv[sys.argv.index("--use_cpu"):]]
-    sys.argv += ["--dataset_name", f"data_{name}", "--output_dir", f"out_{name}"]
+    places = ["--dataset_name", f"data_{name}", "--output_dir", f"out_{name}"]
+    sys.argv = ["warmctl", "run", "-m", f"trl.scripts.{name}", *options, *places]
     try:
         main()
     except SystemExit as done:
         assert not done.code, done.code
 """
 OPTIONS = (
-    "--use_cpu --model_name_or_path tiny --max_steps 6 --per_device_train_batch_size 4 --max_length 32 --bf16 False "
-    "--report_to none --learning_rate 1e-2 --gradient_checkpointing False --eval_strategy no --save_strategy no"
+    "--use_cpu --model_name_or_path tiny --attn_implementation eager --max_steps 6 --per_device_train_batch_size 4 --max_length 32 "
+    "--bf16 False --report_to none --learning_rate 1e-2 --gradient_checkpointing False --eval_strategy no --save_strategy no"
 )
 PREFERENCE = {"chosen": "the quick brown fox", "rejected": "a lazy dog"}
 ROWS = {"sft": {"text": "the quick brown fox jumps"}, "dpo": {"prompt": "what ", **PREFERENCE}, "reward": PREFERENCE}
@@ -337,12 +338,18 @@ def tiny_model(folder: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     ends = {"bos_token_id": 96, "eos_token_id": 96, "pad_token_id": 96}
-    GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ends)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ends)).save_pretrained(
+        folder
+    )
 
 
 @pytest.mark.slow
 def test_scripts_of_trls_wheel(tmp_path: Path) -> None:
-    """Slow: imports TRL, and trains by three of its scripts. Two of Accelerate's are in tests/command."""
+    """Slow: imports TRL, and trains by three of its scripts. Two of Accelerate's are in tests/command.
+
+    Their losses are made outside of the model, and are measured on the graph: one has a second derivative, two are
+    functions of TRL's own that have none, which is said.
+    """
     pytest.importorskip("trl")
     tiny_model(tmp_path / "tiny")
     for name, row in ROWS.items():
@@ -361,7 +368,10 @@ def test_scripts_of_trls_wheel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     for name in ROWS:
         history = list(History.from_jsonl(tmp_path / f"{name}.jsonl"))
-        assert len(history) == 6 and history[-1]["probes"] >= 2
-        assert not [row["reason"] for row in history if "failed" in row["reason"]]
-    assert done.stderr.count("warmctl: wrapped AdamW over GPT2") == 3
-    assert done.stderr.count("WarmupTrainerMixin") == 2  # of reward modelling the model makes the loss
+        failed = [row["reason"] for row in history if "failed" in str(row["reason"])]
+        assert len(history) == 6 and int(str(history[-1]["probes"])) >= 2
+        if name == "reward":
+            assert not failed
+        else:
+            assert failed and all("cannot be differentiated twice" in str(reason) for reason in failed)
+    assert done.stderr.count("warmctl: wrapped AdamW over GPT2") == done.stderr.count("WarmupTrainerMixin") == 3

@@ -93,7 +93,7 @@ def _changes(wrapping: Wrapping) -> list[str]:
     if "transformers" in Path(built.path).parts:
         if wrapping.on_graph:
             return [
-                "  Trainer(...): a Trainer(WarmupTrainerMixin, ...) of warmctl.integrations.transformers, for its loss is made "
+                "  the Trainer's class: WarmupTrainerMixin, of warmctl.integrations.transformers, before it; its loss is made "
                 "outside of the model",
                 "  TrainingArguments(...): no warmup_steps",
             ]
