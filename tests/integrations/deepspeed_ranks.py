@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from tests.distributed.launch import from_all_ranks
 from tests.distributed.regression import batch, build, own, seen
+from tests.helpers import weights
 from tests.integrations.helpers import decisions
 from tests.integrations.on_ranks import last_of_all_ranks
 from warmctl import AdaptiveWarmup, sharpness
@@ -82,7 +83,7 @@ def resumed() -> dict[str, Any]:
     again.train(range(4, 10))
     return {
         "phase": phase,
-        "equal": all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters())),
+        "equal": torch.equal(weights(whole.model), weights(again.model)),
         "decisions": [decisions(list(whole.opt.history))[4:], decisions(list(again.opt.history))],
     }
 

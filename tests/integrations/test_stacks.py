@@ -20,15 +20,18 @@ BEHIND = 0.1
 """Part of what the bare optimizer takes off the loss that the wrapped one may lack at the end."""
 
 
-@pytest.fixture(params=STACKS)
-def name(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> None:
     pytest.importorskip("lion_pytorch")
     torch._dynamo.reset()
-    found: str = request.param
-    return found
+
+
+every = pytest.mark.parametrize("name", [name for name in STACKS if name != "plain PyTorch"])
+"""But for the one that has its own tests of these, in tests/loss and tests/optimizer."""
 
 
 @pytest.mark.stack(("plain PyTorch", "torch.compile", "two optimizers"), "level with bare")
+@pytest.mark.parametrize("name", ["plain PyTorch", "torch.compile", "two optimizers"])
 def test_level_with_bare_training_at_a_usual_rate(name: str) -> None:
     bare, script = Script(name, wrapped=False), Script(name)
     start = script.loss
@@ -39,6 +42,7 @@ def test_level_with_bare_training_at_a_usual_rate(name: str) -> None:
 
 
 @pytest.mark.stack(("torch.compile", "two optimizers", "timm-style groups", "torchtitan-style groups"), "resume exact")
+@every
 def test_resumed_in_mid_warmup_it_goes_on_bit_for_bit(name: str) -> None:
     script = Script(name, every=3).train(range(8))
     assert script.opt.phase == "warmup"
@@ -68,6 +72,7 @@ def test_resumed_in_mid_warmup_it_goes_on_bit_for_bit(name: str) -> None:
     ),
     "accumulation",
 )
+@every
 def test_two_micro_batches_are_measured_as_the_whole_batch(name: str) -> None:
     whole, parts = Script(name, dtype=torch.float64, every=2), Script(name, dtype=torch.float64, every=2)
     whole.train(range(8))
@@ -88,6 +93,7 @@ def test_two_micro_batches_are_measured_as_the_whole_batch(name: str) -> None:
     ),
     "AMP",
 )
+@every
 def test_bfloat16_autocast_is_measured_and_monitoring_leaves_no_trace(name: str) -> None:
     bare = Script(name, wrapped=False).train(range(8), autocast=True)
     monitored = Script(name, control=False, every=2).train(range(8), autocast=True)
@@ -108,6 +114,7 @@ def test_bfloat16_autocast_is_measured_and_monitoring_leaves_no_trace(name: str)
     ),
     "logs",
 )
+@every
 def test_what_is_logged_is_finite_and_what_is_recorded_is_read_back(name: str, tmp_path: Path) -> None:
     script = Script(name)
     script.opt.history.to_jsonl(tmp_path / "run.jsonl")

@@ -320,8 +320,9 @@ for name in ("sft", "dpo", "reward"):
         assert not done.code, done.code
 """
 OPTIONS = (
-    "--use_cpu --model_name_or_path tiny --attn_implementation eager --max_steps 6 --per_device_train_batch_size 4 --max_length 32 "
-    "--bf16 False --report_to none --learning_rate 1e-2 --gradient_checkpointing False --eval_strategy no --save_strategy no"
+    "--use_cpu --model_name_or_path tiny --attn_implementation eager --max_steps 6 --per_device_train_batch_size 4 "
+    "--max_length 32 --bf16 False --report_to none --learning_rate 1e-2 --gradient_checkpointing False "
+    "--eval_strategy no --save_strategy no"
 )
 PREFERENCE = {"chosen": "the quick brown fox", "rejected": "a lazy dog"}
 ROWS = {"sft": {"text": "the quick brown fox jumps"}, "dpo": {"prompt": "what ", **PREFERENCE}, "reward": PREFERENCE}

@@ -93,8 +93,8 @@ def _changes(wrapping: Wrapping) -> list[str]:
     if "transformers" in Path(built.path).parts:
         if wrapping.on_graph:
             return [
-                "  the Trainer's class: WarmupTrainerMixin, of warmctl.integrations.transformers, before it; its loss is made "
-                "outside of the model",
+                "  the Trainer's class: put WarmupTrainerMixin of warmctl.integrations.transformers before it, for its "
+                "loss is made outside of the model",
                 "  TrainingArguments(...): no warmup_steps",
             ]
         base = f"{type(opt.base).__name__}(model.parameters(), lr=...)"
