@@ -40,7 +40,7 @@ class OptimizerProxy(Optimizer):
         self.base = base
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter

@@ -81,6 +81,30 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
 
+def text_batches(draws: torch.Generator) -> Callable[[], tuple[Tensor, Tensor]]:
+    data = torch.tensor(list(Path(__file__).read_bytes()[:4096])) % VOCABULARY
+
+    def get_batch() -> tuple[Tensor, Tensor]:
+        ix = torch.randint(len(data) - BLOCK, (8,), generator=draws)
+        x = torch.stack([data[i : i + BLOCK] for i in ix.tolist()])
+        y = torch.stack([data[i + 1 : i + 1 + BLOCK] for i in ix.tolist()])
+        return x, y
+
+    return get_batch
+
+
+def save(checkpoint: Any, model: Any, optimizer: Any, draws: torch.Generator, iter_num: int, batch: Any) -> None:
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws.get_state()}
+    checkpoint.update(copy.deepcopy(states), iter_num=iter_num, batch=batch)
+
+
+def resume(checkpoint: Any, model: Any, optimizer: Any, draws: torch.Generator) -> int:
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    draws.set_state(checkpoint["draws"])
+    return int(checkpoint["iter_num"])
+
+
 def nanogpt(
     wrap: Wrap,
     *,
@@ -98,20 +122,9 @@ def nanogpt(
     `outer` is DDP, under which each rank draws batches of its own; `dtype` of autocast; `checkpoint` is a dict, to save
     into before step `saved_at`, or to go on from where it holds a state.
     """
-    rank = 0 if outer is None else torch.distributed.get_rank()
+    draws = torch.Generator().manual_seed(7 + (0 if outer is None else torch.distributed.get_rank()))
     torch.manual_seed(1337)
-    data = torch.tensor(list(Path(__file__).read_bytes()[:4096])) % VOCABULARY
-    draws = torch.Generator().manual_seed(7 + rank)
-
-    def get_batch() -> tuple[Tensor, Tensor]:
-        ix = torch.randint(len(data) - BLOCK, (8,), generator=draws)
-        x = torch.stack([data[i : i + BLOCK] for i in ix.tolist()])
-        y = torch.stack([data[i + 1 : i + 1 + BLOCK] for i in ix.tolist()])
-        return x, y
-
-    def get_lr(it: int) -> float:
-        coeff = 0.5 * (1.0 + math.cos(math.pi * it / steps))
-        return 0.1 * learning_rate + coeff * 0.9 * learning_rate
+    get_batch = text_batches(draws)
 
     @torch.no_grad()
     def estimate_loss() -> float:
@@ -128,18 +141,12 @@ def nanogpt(
     optimizer = wrap(optimizer, model)  # the only line that differs
     if outer is not None:
         model = outer(model)
-    first = 0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        draws.set_state(checkpoint["draws"])
-        first = checkpoint["iter_num"]
+    first = resume(checkpoint, model, optimizer, draws) if checkpoint else 0
     X, Y = checkpoint["batch"] if checkpoint else get_batch()
     for iter_num in range(first, steps):
         if iter_num == saved_at:
-            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws.get_state()}
-            checkpoint.update(copy.deepcopy(states), iter_num=iter_num, batch=(X, Y))
-        lr = get_lr(iter_num)
+            save(checkpoint, model, optimizer, draws, iter_num, (X, Y))
+        lr = learning_rate * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * iter_num / steps)))
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         if iter_num % 5 == 0:
