@@ -119,8 +119,7 @@ def nanogpt(
 ) -> Any:
     """train.py. Returns the model, the optimizer, and the rates that the loop saw after each step.
 
-    `outer` is DDP, under which each rank draws batches of its own; `dtype` of autocast; `checkpoint` is a dict, to save
-    into before step `saved_at`, or to go on from where it holds a state.
+    Under `outer`, DDP, each rank draws its own batches; `checkpoint`: a dict to fill before `saved_at`, or go on from.
     """
     draws = torch.Generator().manual_seed(7 + (0 if outer is None else torch.distributed.get_rank()))
     torch.manual_seed(1337)
@@ -139,8 +138,7 @@ def nanogpt(
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(1e-1, learning_rate, (0.9, 0.95))
     optimizer = wrap(optimizer, model)  # the only line that differs
-    if outer is not None:
-        model = outer(model)
+    model = model if outer is None else outer(model)
     first = resume(checkpoint, model, optimizer, draws) if checkpoint else 0
     X, Y = checkpoint["batch"] if checkpoint else get_batch()
     for iter_num in range(first, steps):
