@@ -82,7 +82,8 @@ class GPT(nn.Module):
 
 
 def text_batches(draws: torch.Generator) -> Callable[[], tuple[Tensor, Tensor]]:
-    data = torch.tensor(list(Path(__file__).read_bytes()[:4096])) % VOCABULARY
+    """Of a walk by steps of 0, 1 or 2, which the model can learn."""
+    data = torch.randint(3, (4096,), generator=torch.Generator().manual_seed(5)).cumsum(0) % VOCABULARY
 
     def get_batch() -> tuple[Tensor, Tensor]:
         ix = torch.randint(len(data) - BLOCK, (8,), generator=draws)
@@ -204,7 +205,7 @@ def test_nanogpt_level_with_bare_training_at_a_usual_rate() -> None:
     settings: dict[str, Any] = {"steps": 121, "learning_rate": 3e-3, "accumulation": 1}
     *_, plain = nanogpt(bare, **settings)
     *_, ours = nanogpt(AdaptiveWarmup, **settings)
-    assert plain[-1] < 0.75 * plain[0] and plain[0] - ours[-1] > 0.9 * (plain[0] - plain[-1]), (plain, ours)
+    assert plain[-1] < 0.5 * plain[0] and plain[0] - ours[-1] > 0.9 * (plain[0] - plain[-1]), (plain, ours)
 
 
 @pytest.mark.stack("nanoGPT's script", "resume exact")
@@ -224,15 +225,13 @@ def test_nanogpt_resumed_in_mid_warmup() -> None:
 @pytest.mark.stack("nanoGPT's script", "AMP")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nanogpt_in_low_precision(dtype: torch.dtype) -> None:
-    """With float16 its GradScaler is on. Adam divides by gradients that bfloat16 rounds: the ratio is another."""
+    """With float16 its GradScaler is on. Adam divides by gradients that are rounded: the ratio is another."""
     plain, *_ = nanogpt(bare, dtype=dtype, steps=8)
     model, opt, *_ = nanogpt(lambda o, m: AdaptiveWarmup(o, m, control=False, every=2), dtype=dtype, steps=8)
     _, full, *_ = nanogpt(lambda o, m: AdaptiveWarmup(o, m, control=False, every=2), steps=8)
     assert torch.equal(weights(plain), weights(model)) and opt.metrics["probes"] >= 3
     assert not [row["reason"] for row in opt.history if "failed" in row["reason"]]
-    low, exact = (o.history["stability_ratio"][0] for o in (opt, full))
-    within = 10 if dtype == torch.bfloat16 else 1.5
-    assert 1 / within < low / exact < within
+    assert 1 / 4 < opt.metrics["stability_ratio"] / full.metrics["stability_ratio"] < 4
 
 
 @pytest.mark.stack("nanoGPT's script", "accumulation")
