@@ -116,12 +116,14 @@ def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks
     assert sum(first["losses"][-4:]) / 4 < 0.3 * first["losses"][0]
 
 
+@pytest.mark.stack("FSDP1", "every", refused="it holds flat shards of the parameters: use FSDP2 or DDP")
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
     for found in ranks(results, "fsdp1"):
         assert len(found["said"]) == 3
         assert all("FSDP1" in words and "FSDP2" in words and "DDP" in words for words in found["said"])
 
 
+@pytest.mark.stack("tensor parallel", ("one line changed", "several processes"))
 def test_tensor_parallel_layers_are_measured_as_one_process_does(results: dict[str, Ranks]) -> None:
     first, second = ranks(results, "tensor_parallel")
     assert first["decisions"] == second["decisions"] and first["weights"] == second["weights"]
