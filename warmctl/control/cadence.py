@@ -20,8 +20,9 @@ NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
 NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
-SHOCK = 2.0
-"""Gradient norm over its running average, at an event, above which the representations are looked at too."""
+SHOCK, AFTERMATH = 2.0, 5.0
+"""Gradient norm over its running average, at an event, that is a shock; and the steps after which the representations
+are looked at then. At the shock itself its own gradient would be what is seen."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 BURST, RESERVE = 8.0, 2.0
@@ -116,13 +117,15 @@ class Cadence:
     def look(self) -> bool:
         """Whether to look at the representations at this step. Call it in warmup, after `due`.
 
-        Also where the gradient has grown `SHOCK` times: a network that breaks has little curvature, and moves far.
+        Also some steps after a shock: a network that breaks has little curvature then, and moves far.
         """
         s = self.state
-        if s.age < s.next_look:
-            return s.surprise > SHOCK
-        s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
-        return True
+        due = s.age >= s.next_look
+        if due:
+            s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
+        if s.surprise > SHOCK:
+            s.next_look = min(s.next_look, s.age + AFTERMATH)
+        return due
 
     def probed(self, cost: float, closeness: float) -> None:
         """Account for a probe made at this step.
