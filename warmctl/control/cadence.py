@@ -25,8 +25,9 @@ SHOCK, AFTERMATH = 2.0, 5.0
 are looked at then. At the shock itself its own gradient would be what is seen."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 8.0, 2.0
-"""Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
+BURST, PROBES, RESERVE = 8.0, 3.0, 2.0
+"""Tokens at the start, beside the first probe; probes that they are to buy, however dear; and the part of later tokens
+that is left to events."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP = 8, 0.5
@@ -60,7 +61,8 @@ class Cadence:
 
     Args:
         every: steps between probes, or "auto".
-        budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst.
+        budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst of 8, or of 3 probes
+            if they are dearer.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.02) -> None:
@@ -83,7 +85,9 @@ class Cadence:
         s = self.state
         s.age += 1
         earned = self.budget * gradients * (GUARD_SHARE if guarding else 1.0)
-        s.tokens = min(s.tokens + earned, max(BURST, cost + RESERVE))  # enough for one probe, however dear
+        burst = max(BURST, PROBES * cost)
+        known = s.last_probe == s.age - 1.0 == 1.0  # what a probe costs after the first
+        s.tokens = burst if known else min(s.tokens + earned, burst)
         event = self._event(loss, norm)
         since = s.age - s.last_probe
         if s.last_probe < 0:
