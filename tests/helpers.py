@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from warmctl import AdaptiveWarmup
 
 Batch = tuple[Tensor, Tensor]
-LOOK_COST = 2.0 / 3.0
-"""Of a look at the representations: two forward passes, in gradient evaluations."""
+FORWARD_COST = 1.0 / 3.0
+"""Of a forward pass, in gradient evaluations. A look at the representations is two, after a closure one."""
 METRICS = (
     "step", "phase", "scale", "lr", "sharpness", "threshold", "stability_ratio", "representation_change",
     "end_slope", "target", "residual", "hvps", "probes", "overhead", "reason",

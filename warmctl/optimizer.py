@@ -69,8 +69,9 @@ class AdaptiveWarmup(OptimizerProxy):
         skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
         seed: of the random component of a warm start, where the solver takes one.
 
-    Cost: `budget` on average after an opening burst, and in warmup two forward passes each time that the layers'
-    outputs are looked at. Memory: two parameter-sized vectors in warmup, one after it, `probe_steps` + 3 in a probe.
+    Cost: `budget` on average after an opening burst, and in warmup a forward pass each time that the layers' outputs
+    are looked at, without a closure two. Memory: two parameter-sized vectors in warmup, one after it, `probe_steps` + 3
+    in a probe.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -159,8 +160,7 @@ class AdaptiveWarmup(OptimizerProxy):
                     self._decide(self.sources.loss)
                 result: Any = self.sources.nonfinite.step(self.base.step)
             else:  # the base calls it before it reads its rates; the first call runs `_decide`
-                live = None if self.phase == "done" else self.backward_on_graph  # None: it is not watched either
-                result = self.sources.nonfinite.step(self.base.step, self.sources.deciding(closure, self._decide, live))
+                result = self.sources.nonfinite.step(self.base.step, _deciding(self, closure))
             self.meter.after_update(self._applied_scale, self.sources.params)  # if `read` has asked for it
             self.controller.changed(*self.meter.changed())
             self._saved.stepped = True
@@ -297,6 +297,13 @@ class AdaptiveWarmup(OptimizerProxy):
         sources = self.sources.graph, self.sources.captured, self.sources.verdict
         counts: tuple[Saved, ...] = *self.controller.parts, self.cadence.state, self.counts
         return *counts, *sources, self.meter, self._signals, self._followers
+
+
+def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
+    """The closure for the wrapped optimizer."""
+    live = None if opt.phase == "done" else opt.backward_on_graph  # None: it is not watched either
+    listening = opt.meter.prober.listening(opt.phase == "warmup" and opt.cadence.looks_next)
+    return opt.sources.deciding(closure, opt._decide, live, listening)
 
 
 def _row(opt: AdaptiveWarmup, made: Made) -> StepRow:

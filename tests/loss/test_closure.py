@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import LOOK_COST, batch_of, closure_for, loss_fn, mlp, noisy_net
+from tests.helpers import FORWARD_COST, batch_of, closure_for, loss_fn, mlp, noisy_net
 from tests.loss.helpers import dense, exact_monitor, sharpness_of
 from warmctl import AdaptiveWarmup
 
@@ -69,7 +69,7 @@ def test_backward_of_the_wrapper_inside_a_closure() -> None:
 
     opt.step(closure)
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
-    assert opt.metrics["overhead"] == pytest.approx(51 + LOOK_COST)  # and the check
+    assert opt.metrics["overhead"] == pytest.approx(51 + FORWARD_COST)  # and the check
 
 
 # Closures that cannot be repeated ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import gc
 import math
 import tempfile
 import weakref
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ def test_the_sources_of_the_loss(source: str) -> None:
 
     torch.manual_seed(3)
     if source == "closure":
-        sources.deciding(closure_for(opt, model, batch), decide, lambda loss, backward: backward())()
+        closure = closure_for(opt, model, batch)
+        sources.deciding(closure, decide, lambda loss, backward: backward(), nullcontext())()
     elif source == "observed":
         sources.observed.observe(batch, params)
         loss_fn(model, batch).backward()

@@ -106,6 +106,11 @@ class Cadence:
         s.next_slope = s.age + 1.0 + max(1.0, float(round(SLOPE_GAP * s.age)))
         return True
 
+    @property
+    def looks_next(self) -> bool:
+        """Whether the representations are looked at in the coming step, if it is one of warmup."""
+        return self.state.age + 1.0 >= self.state.next_look
+
     def look(self) -> bool:
         """Whether to look at the representations at this step. Call it in warmup, after `due`."""
         s = self.state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -111,13 +112,20 @@ class Sources:
         """Of the last backward pass, detached; None if it went past all sources."""
         return self.captured.capture.loss if self.graph.loss is None else self.graph.loss
 
-    def deciding(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph | None) -> Closure:
+    def deciding(
+        self,
+        closure: Closure,
+        decide: Decide,
+        backward_on_graph: BackwardOnGraph | None,
+        listening: AbstractContextManager[None],
+    ) -> Closure:
         """The closure for the wrapped optimizer, which may call it again: the first evaluation decides the step.
 
         Args:
             decide: called with the loss, while the batch is at hand.
             backward_on_graph: called with (loss, backward) in place of a backward pass, if the closure cannot be
                 repeated; None if nothing will be measured, and then the closure is not watched.
+            listening: entered for that evaluation, if it is watched.
         """
         called = False
 
@@ -125,7 +133,7 @@ class Sources:
             nonlocal called
             first, called = not called, True
             if first and backward_on_graph is not None:
-                return self._watched(closure, decide, backward_on_graph)
+                return self._watched(closure, decide, backward_on_graph, listening)
             with torch.enable_grad():
                 loss = closure()
             if first:
@@ -134,13 +142,20 @@ class Sources:
 
         return evaluate
 
-    def _watched(self, closure: Closure, decide: Decide, backward_on_graph: BackwardOnGraph) -> Any:
+    def _watched(
+        self,
+        closure: Closure,
+        decide: Decide,
+        backward_on_graph: BackwardOnGraph,
+        listening: AbstractContextManager[None],
+    ) -> Any:
         instead = self.verdict.repeats == NEVER or self.verdict.failures > 0
         live = backward_on_graph if instead and not distributed.is_sharded(self.params) else None  # no exact product
         run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
         self.in_closure = True
         try:
-            loss = run.evaluate()
+            with listening:
+                loss = run.evaluate()
             if not run.skipped:
                 self.captured.capture.remove()  # the closure is the better source
                 self.captured.forget()

@@ -197,11 +197,18 @@ class Prober:
         found = self._guarded(lambda: update.measure(scale), update.replay.params)
         return None if found is None else replace(found, cost=found.cost + update.cost)
 
+    def listening(self, due: bool) -> AbstractContextManager[None]:
+        """Around the closure's evaluation for the step: a `look` that is due after it needs none of its own then.
+
+        On one process: on several, what one has heard, another may not.
+        """
+        return self._change.listening() if due and distributed.world_size() == 1 else nullcontext()
+
     def look(self, params: list[Tensor]) -> float:
         """Look at the representations before the update; `changed` tells how far it has moved them. Returns the cost.
 
-        That is a forward pass, and what the source spends; 0 where nothing can be evaluated again. A look that fails
-        is over: `changed` knows nothing then, and costs nothing.
+        That is a forward pass unless it was heard, and what the source spends; 0 where nothing can be evaluated again.
+        A look that fails is over: `changed` knows nothing then, and costs nothing.
         """
         spent = 0.0
 
@@ -209,7 +216,8 @@ class Prober:
             nonlocal spent
             replay = self.sources.forward(params, self._replays)
             spent = float(self._replays.spent)
-            if replay is not None:
+            of_closure = self.sources.closure.ready and not self.sources.verdict.failures
+            if replay is not None and not (of_closure and self._change.heard):
                 spent += FORWARD
                 self._change.before(replay)
             return replay

@@ -1,6 +1,7 @@
 """How far an update moves what the network computes: the relative change of its layers' outputs on the step's batch.
 
-Seen by forward hooks that exist only while the loss is evaluated again, never in the user's own forward passes.
+Seen by forward hooks that exist only while the loss is evaluated again, and at steps that are looked at while the
+closure is evaluated for the step itself.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,23 @@ class RepresentationChange:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._before: Samples | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Look at the outputs of an evaluation that is made anyway, in place of `before`; `heard` then.
+
+        Not heard is what runs compiled. Nothing that goes wrong here reaches the evaluation.
+        """
+        self.forget()
+        sampler = _Sampler()
+        with sampler.hooks(self.model, sampler.look_safely):
+            yield
+        self._before = sampler.samples or None
+
+    @property
+    def heard(self) -> bool:
+        """Whether there is something to compare with."""
+        return self._before is not None
 
     @torch.no_grad()
     def before(self, replay: Replay) -> None:
@@ -111,9 +129,23 @@ class _Sampler:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(setattr, replay, "closure", closure)
             replay.closure = begun_again
-            for place, layer in enumerate(_layers(model)):
-                stack.callback(layer.register_forward_hook(partial(self._look, place)).remove)
+            stack.enter_context(self.hooks(model, self._look))
             yield
+
+    @contextmanager
+    def hooks(self, model: nn.Module, look: Callable[..., None]) -> Iterator[None]:
+        """`look`, with the layer's place before a hook's arguments, at every layer."""
+        with ExitStack() as stack:
+            for place, layer in enumerate(_layers(model)):
+                stack.callback(layer.register_forward_hook(partial(look, place)).remove)
+            yield
+
+    def look_safely(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
+        """For a forward pass of the user's: what cannot be sampled is left out; compiled code keeps no trace."""
+        if torch.compiler.is_compiling():
+            return
+        with suppress(Exception):
+            self._look(place, module, args, output)
 
     def _look(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread:  # replicas, in no fixed order
