@@ -24,12 +24,14 @@ def check(results: Results, name: str) -> None:
     bare = results[f"bare {place} {source}"][0]
     assert (ranks[0]["weights"], ranks[0]["buffers"]) == (bare["weights"], bare["buffers"])
     failed = [[step for step, reason in enumerate(found["reasons"]) if "failed" in reason] for found in ranks]
-    steps = list(FAILING[when])
-    assert failed[0] == failed[-1] and set(failed[0]) <= set(steps)
-    if not error.endswith("nan") and when != "always":
+    steps = [] if when in LOOKS else list(FAILING[when])
+    assert all(steps_of_rank == failed[0] for steps_of_rank in failed) and set(failed[0]) <= set(steps)
+    if when in LOOKS and not error.endswith("nan"):
+        assert all(found["looks"] == ["nan"] * STEPS for found in ranks)
+    if not error.endswith("nan") and when != "always" and when not in LOOKS:
         assert failed[0] == steps
-        for step in steps:
-            assert "rank" in ranks[0]["reasons"][step] and "rank" not in ranks[-1]["reasons"][step]
+        for step, found in itertools.product(steps, ranks):
+            assert ("rank" in found["reasons"][step]) != found["fails"]
     if when != "always":
         assert any(isinstance(row[3], bool) and row[3] for row in ranks[0]["decisions"][1:])
 

@@ -246,7 +246,8 @@ class Meter:
         return self._booked(replace(found, ratio=found.ratio * rate / self._rate), params)
 
     def _begin_update(self, params: list[Tensor], rate: float) -> None:
-        if self.sources.verdict.repeats != NEVER and not self.sources.ready:
+        ready = distributed.everywhere(self.sources.ready, params[0].device)
+        if self.sources.verdict.repeats != NEVER and not ready:
             if self.sources.graph.passes:
                 raise RuntimeError(NO_RULE.format(name=type(self.estimator.optimizer).__name__))
             return self.sources.missing(self.counts.steps, self.counts.probes)
