@@ -120,7 +120,8 @@ def ddp_no_sync() -> dict[str, Any]:
 
 
 def shard(model: Regressor, shape: tuple[int, ...] | None = None) -> Regressor:
-    mesh = init_device_mesh("cpu", shape or (dist.get_world_size(),))
+    shape = shape or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
     for layer in model.body:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
