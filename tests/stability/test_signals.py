@@ -134,8 +134,8 @@ def test_finite_as_far_as_it_is_known(loss: float | None, factor: float, finite:
 
 
 def test_numbers_that_are_under_way_travel_with_copies_and_states() -> None:
-    signals, fresh = StepSignals(), StepSignals()
-    signals._send(torch.tensor([0.5, 4.0, 3.0, 9.0], dtype=torch.float64))
+    signals, fresh, sent = StepSignals(), StepSignals(), [0.5, 4.0, 3.0, 9.0, 2.5, 1.0]
+    signals._send(torch.tensor(sent, dtype=torch.float64))
     fresh.load_state_values(signals.state_values())
     for other in (signals, fresh, copy.deepcopy(signals)):
-        assert other.delayed == [0.5, 4.0, 3.0, 9.0] and not other._nothing_sent
+        assert other.delayed == sent and not other._nothing_sent

@@ -296,7 +296,7 @@ class Meter:
         method, self._rate, self.representation_change, *values = values
         self.estimator.method = METHODS[int(method)]
         half = len(values) // 2
-        self.last = Measurement.from_values(values[:half])
+        self.last, self._made = Measurement.from_values(values[:half]), None
         self._along_last_update = Measurement.from_values(values[half:])
 
     def __getstate__(self) -> dict[str, Any]:
