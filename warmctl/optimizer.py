@@ -21,6 +21,7 @@ from warmctl.follow.followers import Followers
 from warmctl.loss.nonfinite import SKIPPED
 from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
+from warmctl.momentum import persistence
 from warmctl.proxy import OptimizerProxy
 from warmctl.rates import ScaledRates, largest_rate
 from warmctl.record.about import configuration
@@ -84,7 +85,7 @@ class AdaptiveWarmup(OptimizerProxy):
         target: float = 0.8,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         every: int | str = "auto",
-        budget: float = 0.034,
+        budget: float = 0.02,
         hvp: str = "auto",
         estimator: str = "lanczos",
         probe_steps: int = 2,
@@ -186,14 +187,14 @@ class AdaptiveWarmup(OptimizerProxy):
             return
         if self.phase == "done":
             return self._coast(rate, loss)
-        warming = self.phase == "warmup"
+        warming, carry = self.phase == "warmup", persistence(self.param_groups)
         now = self._signals.read(loss, params, warming and self.cadence.asks_slope(), evaluations)
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
         due = self.cadence.due(now.loss, now.norm, self.meter.expected_cost, guarding, now.evaluations)  # or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
         reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
         self.sources.nonfinite.make(now.finite)
-        decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise)
+        decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, carry)
         if self.phase != before:
             self._signals.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)

@@ -40,8 +40,12 @@ class OptimizerProxy(Optimizer):
         self.base = base
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # as engines do that shard parameters themselves
+        self.base.param_groups = groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
-from warmctl.control.controller import Controller, Reading
+from warmctl.control.controller import Controller, Decision, Reading
 from warmctl.control.gauges import CHANGE, SlopeGauge
 from warmctl.distributed import inner_product
 from warmctl.stability.measurement import Measurement
@@ -57,16 +57,22 @@ class NoStability(Controller):
 class NoChange(Controller):
     """No limit by RRC, however far a step moves the representations."""
 
-    def _bearable(self, rate: float) -> float:
+    def _bearable(self, rate: float, persistence: float) -> float:
         return math.inf
 
 
 class FlatChange(SlopeGauge):
     """RRC may be no larger while e is surely positive."""
 
-    @property
-    def allowed_change(self) -> float:
-        return CHANGE
+    def allowed_change(self, persistence: float) -> float:
+        return CHANGE / persistence
+
+
+class AnyMomentum(Controller):
+    """RRC counts as if every rule had a momentum of .9."""
+
+    def update(self, *args: Any) -> Decision:
+        return super().update(*args[:4], math.sqrt(19.0))
 
 
 class Unasked(SlopeGauge):
@@ -86,33 +92,33 @@ class Agrees(SlopeGauge):
 class Aged(Controller):
     """The scale grows no faster than the run ages, whatever e says, and comes back no faster."""
 
-    def _growth(self, rate: float) -> float:
+    def _growth(self, rate: float, persistence: float) -> float:
         age = self.state.age
-        growth = super()._growth(rate)
+        growth = super()._growth(rate, persistence)
         return min(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
 
 
 class NoEvidence(Controller):
     """The scale may go beyond any multiple of the one at the last reading."""
 
-    def _move(self, rate: float, reading: Reading | None) -> str:
+    def _move(self, rate: float, reading: Reading | None, persistence: float) -> str:
         self.state.measured_scale = 1.0
-        return super()._move(rate, reading)
+        return super()._move(rate, reading, persistence)
 
 
 class NoReturn(Controller):
     """What a cut has taken in warmup comes back no sooner than what was never reached."""
 
-    def _growth(self, rate: float) -> float:
+    def _growth(self, rate: float, persistence: float) -> float:
         self.state.highest_scale = min(self.state.highest_scale, self.state.scale)
-        return super()._growth(rate)
+        return super()._growth(rate, persistence)
 
 
 class OnlyCuts(Controller):
     """Guard only cuts: nothing that was cut after warmup comes back."""
 
-    def _growth(self, rate: float) -> float:
-        return super()._growth(rate) if self.phase == "warmup" else 1.0
+    def _growth(self, rate: float, persistence: float) -> float:
+        return super()._growth(rate, persistence) if self.phase == "warmup" else 1.0
 
 
 class Cap(Controller):
@@ -120,14 +126,14 @@ class Cap(Controller):
 
     cap = math.inf
 
-    def _move(self, rate: float, reading: Reading | None) -> str:
+    def _move(self, rate: float, reading: Reading | None, persistence: float) -> str:
         s = self.state
         if self.phase == "warmup":
-            reason = super()._move(rate, reading)
+            reason = super()._move(rate, reading, persistence)
             self.cap = s.scale * rate
             return reason
         before = s.scale = s.settled = min(1.0, self.cap / rate)
-        reason = super()._move(rate, reading)
+        reason = super()._move(rate, reading, persistence)
         self.cap = s.scale * rate if s.scale < before else self.cap
         return reason
 

@@ -95,6 +95,17 @@ def test_an_event_calls_for_a_probe_at_once(signal: str) -> None:
     assert cadence.due(loss, norm, 2.0, False) == signal
 
 
+@pytest.mark.parametrize("norm, looked_at", [(1.8, False), (2.5, True)])
+def test_a_shock_is_looked_at_at_once(norm: float, looked_at: bool) -> None:
+    """Beside the looks that are due anyway, which come no later for it."""
+    cadence, looks = Cadence(), []
+    for step in range(1, 61):
+        cadence.due(1.0, norm if step == 50 else 1.0, 2.0, False)
+        looks += [step] if cadence.look() else []
+    calm = [1, 2, 3, 4, 5, 6, 7, 8, 12, 18, 27, 41]
+    assert looks == calm + [50] * looked_at
+
+
 def test_ordinary_noise_is_no_event() -> None:
     cadence, draw = Cadence(budget=0.0001), random.Random(1)
     run(cadence, 1)

@@ -46,7 +46,7 @@ def simulate(
         norm = math.sqrt(max(true, 0.01)) if math.isfinite(true) else math.nan
         probed = bool(cadence.due(math.nan, norm, 2.0, controller.phase != "warmup"))
         decision = controller.update(1.0, Reading(true * noise(t)) if probed else None, 0.4)
-        controller.changed(0.05 * decision.scale, decision.scale)
+        controller.changed(0.2 * decision.scale, decision.scale)
         if probed:
             cadence.probed(2.0, decision.closeness)
         record.append((true, probed, decision))
@@ -246,7 +246,7 @@ def test_state_round_trip_continues_identically() -> None:
     draw = random.Random(0)
     readings = [Reading(draw.uniform(0.1, 9)) if draw.random() < 0.4 else None for _ in range(200)]
     for reading in readings[:50]:
-        one.changed(0.1, one.update(1.0, reading, draw.uniform(-0.2, 0.6)).scale)
+        one.changed(0.4, one.update(1.0, reading, draw.uniform(-0.2, 0.6)).scale)
     two = Controller(0.5)
     for part, saved in zip(two.parts, one.parts, strict=True):
         part.load_state_values(saved.state_values())
@@ -328,7 +328,7 @@ def test_another_batch_size_is_no_reason_to_run_away_or_to_collapse(growth: floa
         slope = min(max(0.05 + spread * draw.gauss(0, 1), -1.0), 1.0)
         decision = controller.update(1.0, reading, slope)
         if decision.phase == "warmup":
-            controller.changed(0.05 * decision.scale, decision.scale)
+            controller.changed(0.2 * decision.scale, decision.scale)
         scales.append(decision.scale)
     off = max(abs(math.log(scale / 0.25)) for scale in scales[150:])
     assert off < 2.0 * max(0.5, 0.5 / growth**0.5), "within two standard deviations of a reading, in log"

@@ -79,11 +79,12 @@ def curve(run: list[Stretch], tolerant: bool, noisy: bool, seed: int) -> Iterato
         ratio, rate = stretch.ratio, stretch.rate
 
 
-def agree(steps: Iterator[Step]) -> None:
+def agree(steps: Iterator[Step], persistence: float = 1.0) -> None:
     controller, law = Controller(target=0.8, after="guard"), ReferenceLaw()
     for number, (rate, reading, slope, surprise, change) in enumerate(steps, start=1):
-        decision = controller.update(rate, reading, slope, surprise)
-        assert (decision.scale, decision.phase) == law.step(rate, reading, slope, surprise), f"step {number}"
+        decision = controller.update(rate, reading, slope, surprise, persistence)
+        expected = law.step(rate, reading, slope, surprise, persistence)
+        assert (decision.scale, decision.phase) == expected, f"step {number}"
         if decision.phase == "warmup":
             applied = rate * decision.scale
             controller.changed(change * applied, applied)
@@ -95,10 +96,13 @@ def agree(steps: Iterator[Step]) -> None:
     tolerant=st.booleans(),
     noisy=st.booleans(),
     seed=st.integers(0, 10_000),
+    persistence=st.sampled_from([1.0, 3.0, 4.4]),
 )
 @settings(max_examples=300, deadline=None)
-def test_the_controller_is_the_law(run: list[Stretch], tolerant: bool, noisy: bool, seed: int) -> None:
-    agree(curve(run, tolerant, noisy, seed))
+def test_the_controller_is_the_law(
+    run: list[Stretch], tolerant: bool, noisy: bool, seed: int, persistence: float
+) -> None:
+    agree(curve(run, tolerant, noisy, seed), persistence)
 
 
 @given(

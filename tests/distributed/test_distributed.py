@@ -124,12 +124,14 @@ def test_ranks_with_different_numbers_of_micro_batches_agree(results: dict[str, 
     assert first["probes"] >= 3 and not first["failures"] and not second["failures"]
 
 
+@pytest.mark.stack("FSDP1", "every", refused="it holds flat shards of the parameters: use FSDP2 or DDP")
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
     for found in ranks(results, "fsdp1"):
         assert len(found["said"]) == 3
         assert all("FSDP1" in words and "FSDP2" in words and "DDP" in words for words in found["said"])
 
 
+@pytest.mark.stack("tensor parallel", ("one line changed", "several processes"))
 def test_tensor_parallel_layers_are_measured_as_one_process_does(results: dict[str, Ranks]) -> None:
     first, second = ranks(results, "tensor_parallel")
     assert first["decisions"] == second["decisions"] and first["weights"] == second["weights"]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.helpers import weights
 from tests.integrations.helpers import Rows, decisions, failures
 from warmctl import AdaptiveWarmup, sharpness
+from warmctl.integrations import scalars
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -145,6 +146,41 @@ def test_first_probe_measures_the_whole_loss(accumulation: int, clip: float | No
     x, y = data()[(accumulation - 1) * BATCH : accumulation * BATCH]
     expected = sharpness(truth, lambda m, b: m(b[0], labels=b[1])["loss"], (x, y)).eigenvalue
     assert run.rows[0]["sharpness"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.stack("Accelerate", "level with bare")
+def test_level_with_bare_training_at_a_usual_rate() -> None:
+    x, y = data().tensors
+
+    def loss(run: Run) -> float:
+        with torch.no_grad():
+            return float(run.bare.eval()(x, labels=y)["loss"])
+
+    start = loss(Run(wrapped=False))
+    bare, ours = loss(Run(wrapped=False, lr=0.1).epochs(15)), loss(Run(lr=0.1).epochs(15))
+    assert bare < 0.6 * start and start - ours > 0.9 * (start - bare), (start, bare, ours)
+
+
+@pytest.mark.stack("Accelerate", "logs")
+def test_its_own_tracker_writes_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    bare = Classifier()
+    opt = AdaptiveWarmup(torch.optim.SGD(bare.parameters(), lr=0.1), bare)
+    model, prepared = accelerator.prepare(bare, opt)
+    for step in range(3):
+        accelerator.backward(model(*data()[:BATCH])["loss"])
+        prepared.step()
+        prepared.zero_grad()
+        accelerator.log(scalars(prepared), step=step)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("warmup/scale")]
+    assert written == pytest.approx([row["scale"] for row in opt.history], rel=1e-6)
 
 
 def test_scheduler_keeps_its_own_rate() -> None:

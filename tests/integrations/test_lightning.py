@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from tests.helpers import weights
-from tests.integrations.helpers import Rows, decisions, failures
+from tests.integrations.helpers import Resumable, Rows, decisions, failures, saved_at
 from warmctl import AdaptiveWarmup, sharpness
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -109,7 +109,7 @@ def fit(model: Classifier, steps: int, *, resume: Path | None = None, **options:
         )
         trainer.fit(
             model,
-            DataLoader(data(), batch_size=BATCH),
+            Resumable(data(), batch_size=BATCH),
             ckpt_path=resume,
             weights_only=True if resume else None,
         )
@@ -176,10 +176,7 @@ def test_control_counts_steps_and_leaves_the_schedule_alone(accumulation: int) -
 @pytest.mark.stack("Lightning", "resume exact")
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}], ids=str)
 def test_checkpoint_and_resume_in_mid_warmup(options: dict[str, Any], tmp_path: Path) -> None:
-    class Save(Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step == 6 and not (tmp_path / "mid.ckpt").exists():
-                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+    """In the middle of an epoch: after its fourth batch, or its second."""
 
     def build() -> Classifier:
         model = Classifier(every=2)
@@ -187,14 +184,42 @@ def test_checkpoint_and_resume_in_mid_warmup(options: dict[str, Any], tmp_path: 
         return model
 
     whole, resumed = build(), build()
-    fit(whole, 12, callbacks=[Save()], **options)
-    assert whole.rows[5]["phase"] == "warmup"
+    fit(whole, 12, callbacks=[saved_at(4, tmp_path / "mid.ckpt")], **options)
+    assert whole.rows[3]["phase"] == "warmup"
     with torch.no_grad():
         next(resumed.parameters()).zero_()
     fit(resumed, 12, resume=tmp_path / "mid.ckpt", **options)
     assert torch.equal(resumed.weights, whole.weights)
-    assert decisions(resumed.rows) == decisions(whole.rows)[6:]
-    assert len(resumed.rows) == 6 and any(row["probed"] for row in resumed.rows)
+    assert decisions(resumed.rows) == decisions(whole.rows)[4:]
+    assert len(resumed.rows) == 8 and any(row["probed"] for row in resumed.rows)
+
+
+@pytest.mark.stack("Lightning", "level with bare")
+def test_level_with_bare_training_at_a_usual_rate() -> None:
+    start, bare, ours = (
+        evaluated(model, steps)
+        for model, steps in ((Classifier(), 0), (Classifier(wrapped=False, lr=0.1), 90), (Classifier(lr=0.1), 90))
+    )
+    assert bare < 0.5 * start and start - ours > 0.9 * (start - bare), (start, bare, ours)
+
+
+def evaluated(model: Classifier, steps: int) -> float:
+    if steps:
+        fit(model, steps)
+    x, y = data().tensors
+    with torch.no_grad():
+        return float(F.cross_entropy(model.eval()(x), y))
+
+
+@pytest.mark.stack("Lightning", "AMP")
+def test_bf16_mixed() -> None:
+    bare, low, full = Classifier(wrapped=False, lr=0.1), *(Classifier(lr=0.1, control=False, every=2) for _ in range(2))
+    for model in (bare, low):
+        fit(model, 6, precision="bf16-mixed")
+    fit(full, 6)
+    assert torch.equal(low.weights, bare.weights) and not torch.equal(low.weights, full.weights)
+    assert low.opt.metrics["probes"] == 3 and not failures(low.rows)
+    assert low.rows[0]["stability_ratio"] == pytest.approx(full.rows[0]["stability_ratio"], rel=0.3)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from tests.helpers import assert_same, weights
-from tests.integrations.helpers import failures
+from tests.integrations.helpers import Resumable, decisions, failures, saved_at
 from warmctl import AdaptiveWarmup
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -75,7 +76,7 @@ class Manual(pl.LightningModule):  # type: ignore[misc,name-defined]
         opt.step()
 
 
-def fit(model: Any, steps: int) -> list[str]:
+def fit(model: Any, steps: int, *callbacks: Any, resume: Path | None = None) -> list[str]:
     """What warmctl said meanwhile."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(48, 6, generator=generator)
@@ -84,14 +85,17 @@ def fit(model: Any, steps: int) -> list[str]:
         warnings.simplefilter("always")
         trainer = pl.Trainer(
             max_steps=steps,
-            callbacks=[WarmupLogger()] if getattr(model, "way", LOGGED) == LOGGED and model.wrapped else [],
+            callbacks=[
+                *callbacks,
+                *([WarmupLogger()] if getattr(model, "way", LOGGED) == LOGGED and model.wrapped else []),
+            ],
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        trainer.fit(model, DataLoader(data, batch_size=8))
+        trainer.fit(model, Resumable(data, batch_size=8), ckpt_path=resume, weights_only=True if resume else None)
     return [str(w.message) for w in said if "warmctl" in str(w.message)]
 
 
@@ -112,6 +116,20 @@ def test_monitored_it_is_the_training_without_the_wrapper(way: str) -> None:
         fit(m, 12)
     assert_same(weights(model.net), weights(bare.net))
     assert (model.opt.metrics["probes"] > 0) == (way != "step()")
+
+
+@pytest.mark.stack("Lightning", "resume exact")
+@pytest.mark.parametrize("way", [WAYS[0], LOGGED])
+def test_checkpoint_and_resume_in_mid_warmup_and_mid_epoch(way: str, tmp_path: Path) -> None:
+    whole, resumed = (Manual(way, lr=30.0, every=2) for _ in range(2))
+    fit(whole, 12, saved_at(4, tmp_path / "mid.ckpt"))
+    rows = list(whole.opt.history)
+    assert rows[3]["phase"] == "warmup" and any(row["probed"] for row in rows[4:])
+    with torch.no_grad():
+        next(resumed.parameters()).zero_()
+    fit(resumed, 12, resume=tmp_path / "mid.ckpt")
+    assert_same(weights(resumed), weights(whole))
+    assert decisions(list(resumed.opt.history)) == decisions(rows)[4:] and len(rows) == 12
 
 
 def test_plain_steps_cannot_be_measured_and_that_is_said_once() -> None:

@@ -64,7 +64,7 @@ def wrap(tried: Tried) -> tuple[nn.Module, AdaptiveWarmup]:
 @pytest.mark.stack("other packages' optimizers", "one line changed")
 @pytest.mark.stack("other packages' optimizers", "level with bare")
 @pytest.mark.stack("other packages' optimizers", "resume exact")
-@pytest.mark.parametrize("tried", [tried for tried in TRIED if not tried.refused], ids=lambda tried: tried.id)
+@pytest.mark.parametrize("tried", [tried for tried in TRIED if not tried.refused], ids=lambda tried: tried.where)
 def test_an_optimizer_trains_as_bare_and_resumes(tried: Tried) -> None:
     pytest.importorskip(tried.package)
     with tried.around(), warnings.catch_warnings():
@@ -95,7 +95,7 @@ def test_an_optimizer_trains_as_bare_and_resumes(tried: Tried) -> None:
         assert all(torch.equal(p, q) for p, q in zip(again.parameters(), unbroken, strict=True))
 
 
-@pytest.mark.parametrize("tried", [tried for tried in TRIED if tried.refused], ids=lambda tried: tried.id)
+@pytest.mark.parametrize("tried", [tried for tried in TRIED if tried.refused], ids=lambda tried: tried.where)
 def test_one_that_is_refused_is_told_why_and_takes_the_wrapper(tried: Tried) -> None:
     pytest.importorskip(tried.package)
     with pytest.raises(TypeError, match=tried.refused):

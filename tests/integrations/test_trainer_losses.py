@@ -223,6 +223,7 @@ def test_trl_supervised_fine_tuning(tmp_path: Path) -> None:
     assert trainer.state.log_history[-2]["num_tokens"] == 8 * BATCH * LENGTH
 
 
+@pytest.mark.stack("HF Trainer", "level with bare")
 @pytest.mark.parametrize("model", [gpt2, bert])
 def test_level_with_bare_training_at_a_usual_rate(model: Any, tmp_path: Path) -> None:
     """Within a tenth of what bare training wins: the first steps are smaller."""

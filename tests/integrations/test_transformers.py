@@ -150,6 +150,22 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     assert run.opt.metrics["probes"] > 1 and not failures(run.rows)
 
 
+@pytest.mark.stack("HF Trainer", "AMP")
+def test_bf16(tmp_path: Path) -> None:
+    bare, low, full = (
+        Run("gpt2", tmp_path, steps=4, arguments={"bf16": bf16}, **options).train()
+        for bf16, options in (
+            (True, {"wrapped": False}),
+            (True, {"control": False, "every": 2}),
+            (False, {"control": False, "every": 2}),
+        )
+    )
+    assert torch.equal(low.weights, bare.weights) and not torch.equal(low.weights, full.weights)
+    assert low.opt.metrics["probes"] == 2 and not failures(low.rows)
+    ratio = low.rows[0]["stability_ratio"] / full.rows[0]["stability_ratio"]
+    assert 0.1 < ratio < 10  # Adam divides by gradients that bfloat16 rounds
+
+
 @pytest.mark.stack("HF Trainer", "accumulation")
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_first_probe_measures_the_whole_unclipped_loss(accumulation: int, tmp_path: Path) -> None:

@@ -50,10 +50,6 @@ class Tried:
     def package(self) -> str:
         return self.where.split(".")[0]
 
-    @property
-    def id(self) -> str:
-        return f"{self.package}.{self.where.split('.')[-1]}"
-
     def make(self, params: Iterator[nn.Parameter]) -> Any:
         module, cls = self.where.rsplit(".", 1)
         build = getattr(importlib.import_module(module), cls)
@@ -65,9 +61,9 @@ class Tried:
     @property
     def row(self) -> str:
         if self.refused:
-            return f"| {self.name} | `{self.id}` | refused | – | – | – | {self.note} |"
+            return f"| {self.name} | `{self.where}` | refused | – | – | – | {self.note} |"
         works = "works, see note" if self.note else "works"
-        return f"| {self.name} | `{self.id}` | {works} | {self.measured} | yes | bit for bit | {self.note} |"
+        return f"| {self.name} | `{self.where}` | {works} | {self.measured} | yes | bit for bit | {self.note} |"
 
 
 def _eagerly() -> AbstractContextManager[Any]:

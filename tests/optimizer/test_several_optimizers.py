@@ -70,6 +70,7 @@ pairs = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.stack("two optimizers", "one line changed")
 @pairs
 def test_monitored_each_steps_as_it_does_alone(pair: str) -> None:
     bare, model = Net(), Net()

@@ -123,6 +123,8 @@ def test_groups_state_and_gradients_are_the_bases_own() -> None:
     proxy.add_param_group({"params": [nn.Parameter(torch.zeros(2), requires_grad=False)]})
     assert len(base.param_groups) == 2 and len(proxy.all_params) == len(proxy.trainable) + 1
     assert repr(proxy) == f"OptimizerProxy({base!r})"
+    proxy.param_groups = proxy.param_groups[:1]
+    assert len(base.param_groups) == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -27,7 +27,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Record: a JSONL file.", show_default="SCRIPT.jsonl, in the present folder")
     ] = None,
-    target: Annotated[float, typer.Option(help="The stability ratio to stay below.")] = 0.5,
+    target: Annotated[float, typer.Option(help="The stability ratio to stay below.")] = 0.8,
     monitor: Annotated[bool, typer.Option("--monitor", help="Only measure; the rates are the script's own.")] = False,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
 ) -> None:
@@ -91,6 +91,12 @@ def _changes(wrapping: Wrapping) -> list[str]:
     built, backward, opt = wrapping.built, wrapping.backward, wrapping.opt
     assert built is not None and opt is not None
     if "transformers" in Path(built.path).parts:
+        if wrapping.on_graph:
+            return [
+                "  the Trainer's class: put WarmupTrainerMixin of warmctl.integrations.transformers before it, for its "
+                "loss is made outside of the model",
+                "  TrainingArguments(...): no warmup_steps",
+            ]
         base = f"{type(opt.base).__name__}(model.parameters(), lr=...)"
         return [
             f"  Trainer(...): optimizers=(AdaptiveWarmup({base}, model), None)",

@@ -20,9 +20,11 @@ NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
 NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
+SHOCK = 2.0
+"""Gradient norm over its running average, at an event, above which the representations are looked at too."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 10.0, 2.0
+BURST, RESERVE = 8.0, 2.0
 """Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
@@ -60,7 +62,7 @@ class Cadence:
         budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst.
     """
 
-    def __init__(self, every: int | str = "auto", budget: float = 0.034) -> None:
+    def __init__(self, every: int | str = "auto", budget: float = 0.02) -> None:
         self.every, self.budget = every, budget
         self.state = CadenceState()
 
@@ -112,10 +114,13 @@ class Cadence:
         return self.state.age + 1.0 >= self.state.next_look
 
     def look(self) -> bool:
-        """Whether to look at the representations at this step. Call it in warmup, after `due`."""
+        """Whether to look at the representations at this step. Call it in warmup, after `due`.
+
+        Also where the gradient has grown `SHOCK` times: a network that breaks has little curvature, and moves far.
+        """
         s = self.state
         if s.age < s.next_look:
-            return False
+            return s.surprise > SHOCK
         s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
         return True
 

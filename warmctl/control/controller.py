@@ -7,7 +7,8 @@ Three gauges say what a rate may be. `reference.py` is the law alone.
   which undoes a small overshoot by itself, is cut only above the edge.
 * RRC, how far a step moves what the network computes: the relative change of its layers' outputs. Over the rate it is
   a forecast too. Held at an amount that is the same for all networks, rules and rates (Kosson et al. 2024, arXiv
-  2410.23922, find in it the need of warmup): curvature does not see a step that wrecks features.
+  2410.23922, find in it the need of warmup): curvature does not see a step that wrecks features. Counted is what
+  lasts: under momentum steps add up, without it most of a step is noise of its batch that the next ones undo.
 * e, whether there is reason to go faster: the slope of the next batch at the end of the last steps. While it surely
   agrees with them the scale grows by a factor a step, and RRC may be larger; once it has turned, the scale grows with
   the root of the run's age at most, and only while neither gauge is near its limit. Where a step hardly moves the
@@ -35,8 +36,9 @@ UNMEASURED = 1e-2
 """Scale before the first reading, and for good if none ever succeeds."""
 FIRST = 0.002
 """Relative change of the weights by the first step: what the network does with it is not known yet."""
-ASKED, CALM = 0.03, 0.08
-"""RRC from which on e is asked; and up to which the scale grows with age when e has turned, if e is not below…"""
+ASKED, CALM = 0.13, 0.35
+"""RRC times persistence from which on e is asked; and up to which the scale grows with age when e has turned, unless
+it is below…"""
 TURNED = -0.1
 """…this."""
 FASTEST, EAGER = 2.0, 0.6
@@ -177,7 +179,12 @@ class Controller:
         return self.ending.is_high(self.state.scale * rate)
 
     def update(
-        self, rate: float, reading: Reading | None = None, end_slope: float = math.nan, surprise: float = 1.0
+        self,
+        rate: float,
+        reading: Reading | None = None,
+        end_slope: float = math.nan,
+        surprise: float = 1.0,
+        persistence: float = 1.0,
     ) -> Decision:
         """Decide the coming step.
 
@@ -186,6 +193,7 @@ class Controller:
             reading: if a probe was made for this step.
             end_slope: e of this step's gradient; nan if unknown.
             surprise: gradient norm of this step over its running average if that is an event, else 1.
+            persistence: how much farther steps lead than independent ones, see `warmctl.momentum`; 1 without momentum.
         """
         s = self.state
         s.age += 1
@@ -199,7 +207,7 @@ class Controller:
         else:
             if reading is not None:
                 self._read(reading, rate)
-            reason = self._move(rate, reading) if self._measured else UNKNOWN
+            reason = self._move(rate, reading, persistence) if self._measured else UNKNOWN
         self._shorten(rate, surprise)
         return self._end(rate, reason)
 
@@ -234,9 +242,9 @@ class Controller:
         s = self.state
         return math.inf if math.isnan(s.forecast) else self.target * s.share / max(s.forecast * rate, 1e-30)
 
-    def _bearable(self, rate: float) -> float:
+    def _bearable(self, rate: float, persistence: float) -> float:
         """The scale at which RRC is what a step may have; infinite if it was never seen."""
-        return self.slope.allowed_change / max(self.change.of(rate), 1e-30)
+        return self.slope.allowed_change(persistence) / max(self.change.of(rate), 1e-30)
 
     def _shorten(self, rate: float, surprise: float) -> None:
         near = self.state.scale > NEAR * self._carried(rate)
@@ -244,10 +252,10 @@ class Controller:
         if surprise > allowed:
             self.state.shortening = min(self.state.shortening, max(allowed / surprise, SHORTEST))
 
-    def _move(self, rate: float, reading: Reading | None) -> str:
+    def _move(self, rate: float, reading: Reading | None, persistence: float) -> str:
         """Towards the scale that all gauges allow, or 1. Once warmup has ended, no higher than where it did."""
         s = self.state
-        carried, bearable = self._carried(rate), self._bearable(rate)
+        carried, bearable = self._carried(rate), self._bearable(rate, persistence)
         if self.phase != "warmup":
             bearable = s.settled
         limit, before = min(1.0, carried, bearable), s.scale
@@ -260,7 +268,7 @@ class Controller:
         elif EXCESS * bearable < s.scale:
             s.scale = max(CUT * s.scale, bearable, FLOOR)
         elif limit > s.scale:
-            s.scale = max(s.scale, min(limit, s.scale * self._growth(rate), EVIDENCE * s.measured_scale))
+            s.scale = max(s.scale, min(limit, s.scale * self._growth(rate, persistence), EVIDENCE * s.measured_scale))
         s.measured_scale = s.scale if reading is not None else s.measured_scale
         s.highest_scale = max(s.highest_scale, s.scale)
         if first:
@@ -272,13 +280,13 @@ class Controller:
             return NOTHING
         return holder if s.scale >= limit else RISING if s.scale > before else SLOPE
 
-    def _growth(self, rate: float) -> float:
+    def _growth(self, rate: float, persistence: float) -> float:
         """The factor that the scale may grow by at this step."""
         s, slope = self.state, self.slope
         if self.phase != "warmup":
             return RETURN
         aged = s.age / max(s.age - 1.0, 1.0)
-        change = self.change.of(s.scale * rate)
+        change = self.change.of(s.scale * rate) * persistence
         if change >= ASKED and s.age > 3 and slope.mean < 0.0:
             s.crossed = 1.0
         if self.change.known and change < ASKED and not s.crossed:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from warmctl.state import COUNT, Allowed, FloatState, saved
 
-CHANGE = 0.12
-"""Relative change of representations that a step may make: healthy training makes .04 to .15, whatever the network,
-optimizer or rate."""
+CHANGE = 0.5
+"""Relative change of representations that a step may make without momentum, and divided by the persistence of steps
+with it: .115 at .9, where healthy training makes .04 to .15, whatever the network, optimizer or rate."""
 LIFT, SURE, LIFT_AGE = 0.4, 0.5, 15.0
-"""Most that is added to it while the slope is surely positive, the significance from which on it is, and the readings
-after which that is believed."""
+"""Most that is added while the slope is surely positive, as steps are alike then with or without momentum; the
+significance from which on it is, and the readings after which that is believed."""
 LARGEST_FALL = 1e-3
 """A new change per rate counts as no less than this part of the old one."""
 NEWEST = 0.1
@@ -64,8 +64,10 @@ class SlopeGauge(FloatState):
         """Mean over root mean square, in [−1, 1]: whatever the size of e in an optimizer's geometry."""
         return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
 
-    @property
-    def allowed_change(self) -> float:
-        """RRC that a step may have: the more, the surer the next gradients agree with the last steps."""
+    def allowed_change(self, persistence: float) -> float:
+        """RRC that a step may have: the more, the surer the next gradients agree with the last steps.
+
+        Args: persistence: of steps, see `warmctl.momentum`; at least 1.
+        """
         sure = self.significance * (1.0 - math.exp(-self.readings / LIFT_AGE))
-        return CHANGE + LIFT * max(0.0, sure - SURE) / (1.0 - SURE)
+        return CHANGE / persistence + LIFT * max(0.0, sure - SURE) / (1.0 - SURE)

@@ -23,7 +23,9 @@ class ReferenceLaw:
         self.turned, self.high_scale = False, 0.0
         self.high, self.high_age, self.scale_high = 0.0, 0, 0.0
 
-    def step(self, rate: float, reading: Reading | None, e: float, surprise: float) -> tuple[float, str]:
+    def step(
+        self, rate: float, reading: Reading | None, e: float, surprise: float, persistence: float
+    ) -> tuple[float, str]:
         self.age += 1
         self.shortening = min(1.0, 1.4 * self.shortening)
         self.slope(e)
@@ -32,7 +34,7 @@ class ReferenceLaw:
             self.readings += 1
             self.read(reading, rate)
         if (self.readings or self.change) and not failed:
-            self.move(rate, reading)
+            self.move(rate, reading, persistence)
         allowed = 2.0 if self.readings and self.scale > 0.1 * self.carried(rate) else 4.0
         if surprise > allowed:
             self.shortening = min(self.shortening, max(allowed / surprise, 0.1))
@@ -72,9 +74,9 @@ class ReferenceLaw:
     def significance(self) -> float:
         return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
 
-    def move(self, rate: float, reading: Reading | None) -> None:
+    def move(self, rate: float, reading: Reading | None, persistence: float) -> None:
         sure = self.significance() * (1.0 - math.exp(-self.slopes / 15.0))
-        cap = 0.12 + 0.4 * max(0.0, sure - 0.5) / 0.5
+        cap = 0.5 / persistence + 0.4 * max(0.0, sure - 0.5) / 0.5
         bearable = cap / max(self.change * rate, 1e-30) if self.phase == "warmup" else self.scale_settled
         carried = self.carried(rate)
         ceiling = min(1.0, carried, bearable)
@@ -85,21 +87,23 @@ class ReferenceLaw:
         elif 1.3 * bearable < self.scale:
             self.scale = max(0.8 * self.scale, bearable, 1e-5)
         elif ceiling > self.scale:
-            self.scale = max(self.scale, min(ceiling, self.scale * self.growth(rate), 4.0 * self.scale_measured))
+            self.scale = max(
+                self.scale, min(ceiling, self.scale * self.growth(rate, persistence), 4.0 * self.scale_measured)
+            )
         if reading is not None:
             self.scale_measured = self.scale
         self.high_scale = max(self.high_scale, self.scale)
 
-    def growth(self, rate: float) -> float:
+    def growth(self, rate: float, persistence: float) -> float:
         if self.phase != "warmup":
             return 1.1
         aged = self.age / max(self.age - 1, 1)
-        change = self.change * (self.scale * rate)
-        self.turned = self.turned or (change >= 0.03 and self.age > 3 and self.mean < 0.0)
+        change = self.change * (self.scale * rate) * persistence
+        self.turned = self.turned or (change >= 0.13 and self.age > 3 and self.mean < 0.0)
         growth = 2.0
-        if not self.change or change >= 0.03 or self.turned:
+        if not self.change or change >= 0.13 or self.turned:
             growth = min(2.0, math.exp(0.6 * max(0.0, self.significance())))
-            if change < 0.08 and self.mean > -0.1:
+            if change < 0.35 and self.mean > -0.1:
                 growth = max(growth, aged if self.mean >= 0.0 else math.sqrt(aged))
         growth = min(growth, float(aged**4.0))
         returning = self.scale < self.high_scale and self.significance() > -0.5

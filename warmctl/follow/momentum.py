@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from warmctl.follow.follower import Levers
+from warmctl.momentum import momentum
 
 Group = dict[str, Any]
 
@@ -39,8 +40,8 @@ class Momentum:
         self._readings: dict[str, float] = {}
 
     def attach(self, levers: Levers) -> None:
-        if not any(_momentum(group) > self.low for group in levers.groups):
-            found = ", ".join(f"{_momentum(group):g}" for group in levers.groups)
+        if not any(momentum(group) > self.low for group in levers.groups):
+            found = ", ".join(f"{momentum(group):g}" for group in levers.groups)
             raise ValueError(
                 f"no parameter group of {type(levers.optimizer).__name__} has a momentum above low={self.low:g} "
                 f"(found: {found}): Momentum has nothing to raise. Give a smaller low"
@@ -51,7 +52,7 @@ class Momentum:
         assert self._levers is not None
         self._readings = {}
         for group in self._levers.groups:
-            own = _momentum(group)
+            own = momentum(group)
             if own <= self.low:
                 continue
             value = own if scale == 1.0 else self.low + (own - self.low) * scale
@@ -65,9 +66,3 @@ class Momentum:
 
     def readings(self) -> dict[str, float]:
         return self._readings
-
-
-def _momentum(group: Group) -> float:
-    """Of the first moment; 0 without."""
-    betas = group.get("betas")
-    return float(betas[0] if betas is not None else group.get("momentum") or 0.0)
