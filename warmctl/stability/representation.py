@@ -7,7 +7,6 @@ closure is evaluated for the step itself.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from warmctl import distributed
 from warmctl.loss.replay import Replay
+from warmctl.loss.switches import EAGER
 from warmctl.vectors import local
 
 SAMPLE = 4096
@@ -127,8 +127,7 @@ class _Sampler:
             return closure()
 
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise, and importing it takes seconds
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(EAGER)
             stack.callback(setattr, replay, "closure", closure)
             replay.closure = begun_again
             stack.enter_context(self.hooks(model, self._look))
