@@ -187,24 +187,24 @@ class AdaptiveWarmup(OptimizerProxy):
             return
         if self.phase == "done":
             return self._coast(rate, loss)
-        warming = self.phase == "warmup"
-        value, norm, slope, finite = self._signals.read(loss, params, warming and self.cadence.asks_slope())
+        warming, carry = self.phase == "warmup", persistence(self.param_groups)
+        now = self._signals.read(loss, params, warming and self.cadence.asks_slope(), evaluations)
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
-        due = self.cadence.due(value, norm, self.meter.expected_cost, guarding, evaluations)  # why to probe, or ""
-        found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if finite else None
-        reading = _reading(found, self.meter.tolerant) if finite else NOT_FINITE
-        self.sources.nonfinite.make(finite)
-        decision = self.controller.update(rate, reading, slope, self.cadence.surprise, persistence(self.param_groups))
+        due = self.cadence.due(now.loss, now.norm, self.meter.expected_cost, guarding, now.evaluations)  # or ""
+        found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
+        reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
+        self.sources.nonfinite.make(now.finite)
+        decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, carry)
         if self.phase != before:
             self._signals.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
-        if warming and finite and self.cadence.look():
+        if warming and now.finite and self.cadence.look():
             self.meter.look(params, rate * self._applied_scale)
         self._rates.scale(self.param_groups, self._followers.decided(decision.scale, self.phase, found is not None))
         ratio = self._followers.ratio(decision.ratio, decision.scale)
-        self._made = Made(decision.reason, None if loss is None else value, found is not None, ratio)
+        self._made = Made(decision.reason, None if loss is None else now.loss, found is not None, ratio)
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""

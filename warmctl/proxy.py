@@ -121,7 +121,8 @@ class OptimizerProxy(Optimizer):
         self.__dict__.update(state)
 
     # torch.amp.GradScaler leaves `grad_scale` and `found_inf` on the optimizer that it is given. For one step they are
-    # lent to the base; who measures has the gradients unscaled first, in place of the base's fused kernel.
+    # lent to the base; who measures has the gradients unscaled first, in place of the base's fused kernel. They go with
+    # the step: an error in it keeps the scaler from deleting them, which would multiply the next scale by this one.
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -148,6 +149,11 @@ class OptimizerProxy(Optimizer):
     def _take_back_scaler(self) -> None:
         for name in ("grad_scale", "found_inf"):
             self.base.__dict__.pop(name, None)
+            self.__dict__.pop(name, None)
+
+    def __delattr__(self, name: str) -> None:
+        if name not in ("grad_scale", "found_inf"):
+            super().__delattr__(name)
 
 
 def _of_base(name: str) -> property:

@@ -240,6 +240,9 @@ def test_any_number_is_drawn_and_tabulated(tmp_path: Path, value: float | None) 
     for column in ("loss", "lr", "stability_ratio", "target", "overhead"):
         write(tmp_path / f"{column}.jsonl", record(**{column: value}))
     runs = [str(path) for path in sorted(tmp_path.glob("*.jsonl"))]
-    for command in (("summary",), ("compare", "--out", str(tmp_path / "x.png"))):
-        code, _, err = invoke(*command, *runs)
-        assert (code, err) == (0, ""), command
+    for command in (("summary",), ("compare", "--out", str(tmp_path / "x.png")), ("diagnose",)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            code, _, err = invoke(*command, *runs)
+        refused = command == ("diagnose",) and len(err.splitlines()) == 1  # a run without a loss
+        assert refused or (code, err) == (0, ""), command

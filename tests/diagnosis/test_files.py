@@ -128,6 +128,12 @@ def test_a_line_torn_by_a_kill_is_passed_over(rows: list[Row], tmp_path: Path) -
         ("a.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "loss"\n{"step": 3}\n', "line 2: not JSON"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n7\n', "line 2: a row is an object"),
         ("a.json", '{\n"rows": []\n}', "a list of rows"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        (
+            "a.jsonl",
+            '{"step": 1, "loss": 2}\n{"loss": ' + "[" * 100_000 + "\n{}\n",
+            "line 2: not JSON (nested too deeply",
+        ),
     ],
 )
 def test_what_is_no_row_is_named(name: str, text: str, words: str, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.worker import STEPS, batch, build, check, main as main, own, seen, shard, truth, wrap
 from warmctl import AdaptiveWarmup
@@ -30,6 +32,35 @@ def fsdp_backward() -> dict[str, Any]:
         "probes": opt.metrics["probes"],
         "failures": [row["reason"] for row in rows if "failed" in row["reason"]],
     }
+
+
+def uneven_accumulation(source: str) -> dict[str, Any]:
+    """One rank has another number of micro-batches than the other, and than at the step before."""
+    model = build()
+    outer = DistributedDataParallel(model)
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), model, budget=0.05)
+    for step in range(60):
+        opt.zero_grad()
+        parts = 1 + (1 + step % 4 if dist.get_rank() else 0)
+        for part in range(parts):
+            x, y = own(step, part % 2, 2)
+            with nullcontext() if part == parts - 1 else outer.no_sync():
+                if source == "captured":
+                    (outer(x, y)["loss"] / parts).backward()
+                else:
+                    opt.backward(nn.functional.mse_loss(outer(x, None)["prediction"], y) / parts)
+        opt.step()
+    return seen(model, opt, truth(build()))
+
+
+@check
+def ddp_uneven_captured() -> dict[str, Any]:
+    return uneven_accumulation("captured")
+
+
+@check
+def ddp_uneven_backward() -> dict[str, Any]:
+    return uneven_accumulation("backward")
 
 
 @check

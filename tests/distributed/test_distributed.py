@@ -116,6 +116,14 @@ def test_fsdp2_by_backward_is_measured_along_the_update(results: dict[str, Ranks
     assert sum(first["losses"][-4:]) / 4 < 0.3 * first["losses"][0]
 
 
+@pytest.mark.parametrize("name", ["ddp_uneven_captured", "ddp_uneven_backward"])
+def test_ranks_with_different_numbers_of_micro_batches_agree(results: dict[str, Ranks], name: str) -> None:
+    """Where one had fewer than at the step before, or earned its probes sooner, it left the others waiting."""
+    first, second = ranks(results, name)
+    assert first["decisions"] == second["decisions"] and first["weights"] == second["weights"]
+    assert first["probes"] >= 3 and not first["failures"] and not second["failures"]
+
+
 @pytest.mark.stack("FSDP1", "every", refused="it holds flat shards of the parameters: use FSDP2 or DDP")
 def test_fsdp1_is_refused_whichever_comes_first(results: dict[str, Ranks]) -> None:
     for found in ranks(results, "fsdp1"):

@@ -119,8 +119,9 @@ def ddp_no_sync() -> dict[str, Any]:
     return seen(model, opt, expected)
 
 
-def shard(model: Regressor) -> Regressor:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def shard(model: Regressor, shape: tuple[int, ...] | None = None) -> Regressor:
+    shape = shape or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
     for layer in model.body:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)

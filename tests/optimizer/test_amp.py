@@ -11,8 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import Batch, OwnLoss, assert_same, batch_of, closure_for, everything, loss_fn, mlp, own_loss, train
+from tests.helpers import (
+    Batch,
+    OwnLoss,
+    assert_same,
+    batch_of,
+    closure_for,
+    everything,
+    loss_fn,
+    mlp,
+    monitor,
+    own_loss,
+    train,
+    weights,
+)
 from warmctl import AdaptiveWarmup
+from warmctl.proxy import OptimizerProxy
 
 SKIPPED = {2, 5}
 """Steps whose loss overflows."""
@@ -75,6 +89,34 @@ def test_watching_a_scaled_run_leaves_no_trace(optimizer: str, clip: bool) -> No
     assert_same(found, expected)
     assert_same(scaler.state_dict(), bare_scaler.state_dict())
     assert not {"grad_scale", "found_inf"} & vars(opt.base).keys()
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_step_that_was_interrupted_does_not_scale_the_next(bare: bool) -> None:
+    """Fused kernels unscale: the scale of a step that ended in an error was multiplied with that of the next."""
+    moved = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = CountedLoss()
+        base = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        opt = OptimizerProxy(base) if bare else monitor(model, base)
+        before, scaler = weights(model), torch.amp.GradScaler("cpu")
+        scaler.scale(model(batch_of(0))["loss"]).backward()
+        if interrupted:
+            hook = base.register_step_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                scaler.step(opt)
+            hook.remove()
+            opt.zero_grad()
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(model(batch_of(0))["loss"]).backward()
+        scaler.step(opt)
+        moved.append(weights(model) - before)
+    assert_same(*moved)
+
+
+def interrupt(*step: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("clip", [False, True])

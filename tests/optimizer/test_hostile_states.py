@@ -36,7 +36,10 @@ NAMES_OF: dict[type, list[str]] = {
     CapturedSource: ["enabled", "trained_on", "scaled"],
     Verdict: ["repeats"],
     Meter: ["method", "rate", "representation_change", *(f"{r}_{n}" for r in ("last", "along") for n in FOUND)],
-    StepSignals: ["awaited_loss", "awaited_square", "along", "length", "end_slope", "sent", "followed"],
+    StepSignals: [
+        *("awaited_loss", "awaited_square", "along", "length", "gradients", "known"),
+        *("end_slope", "sent", "followed"),
+    ],
 }
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from warmctl import AdaptiveWarmup
@@ -18,6 +19,18 @@ from warmctl.loss.replay import Replay
 STEPS = 24
 SOURCES = ("closure", "clipping closure", "by name", "drawing closure", "captured", "observed", "live graph")
 Run = list[tuple[float, float]]
+
+
+def settings_of_the_process() -> list[object]:
+    cuda, stance = torch.backends.cuda, torch._dynamo.eval_frame._stance.stance
+    return [stance, cuda.flash_sdp_enabled(), torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_of_threads_that_measured_at_once() -> Iterator[None]:
+    before = settings_of_the_process()
+    yield
+    assert settings_of_the_process() == before
 
 
 @pytest.fixture(autouse=True)

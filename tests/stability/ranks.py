@@ -1,4 +1,4 @@
-"""Signals on several ranks, launched by test_signals.py.
+"""Signals and decisions on several ranks, launched by test_signals.py.
 
 FOLDER save     train from the start by DDP, FSDP2 and both at once; save the sharded run in mid-warmup
 FOLDER load     go on with what another number of ranks has saved
@@ -6,6 +6,7 @@ FOLDER load     go on with what another number of ranks has saved
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ def watched(model: nn.Module, known: nn.Module) -> tuple[AdaptiveWarmup, list[li
     return opt, rows
 
 
-def train(model: nn.Module, opt: AdaptiveWarmup, steps: range) -> None:
+def train(
+    model: nn.Module, opt: AdaptiveWarmup, steps: range, rows: Callable[[int], tuple[Tensor, Tensor]] = own
+) -> None:
     for step in steps:
-        x, y = own(step)
+        x, y = rows(step)
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             opt.zero_grad()
@@ -55,6 +58,17 @@ def train(model: nn.Module, opt: AdaptiveWarmup, steps: range) -> None:
             return loss
 
         opt.step(closure)
+
+
+def controlled(model: nn.Module) -> AdaptiveWarmup:
+    return AdaptiveWarmup(rule(model), model, every=1, probe_steps=2)
+
+
+def decisions(opt: AdaptiveWarmup) -> list[list[float]]:
+    """Of each step: the scale, whether it is warmup, the representation change, the stability ratio."""
+    rows: list[dict[str, Any]] = list(opt.history)
+    names = "representation_change", "stability_ratio"
+    return [[row["scale"], float(row["phase"] == "warmup"), *(row[name] for name in names)] for row in rows]
 
 
 def sharded(seed: int = 0, copies: int = 1) -> Regressor:
@@ -104,8 +118,25 @@ def loaded(folder: Path) -> list[list[float]]:
     return rows
 
 
+def decided(folder: Path, what: str) -> list[list[float]]:
+    """By FSDP2, saved in mid-warmup; or from there."""
+    model = sharded(seed=int(what == "load"))
+    opt = controlled(model)
+    if what == "save":
+        train(model, opt, range(SAVED_AT))
+        save(state(model, opt), checkpoint_id=folder)
+    else:
+        found = state(model, opt)
+        load(found, checkpoint_id=folder)
+        set_state_dict(model, opt, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    train(model, opt, range(SAVED_AT, LATER))
+    return decisions(opt)
+
+
 def main(arguments: list[str]) -> list[dict[str, list[list[float]]]]:
     folder, what = Path(arguments[0]), arguments[1]
+    found = {"decided": decided(folder / "decided", what)}
     if what == "load":
-        return from_all_ranks({"later": loaded(folder)})
-    return from_all_ranks({name: trained(name) for name in ("ddp", "fsdp", "hybrid")} | {"later": saved(folder)})
+        return from_all_ranks(found | {"later": loaded(folder / "signals")})
+    found |= {name: trained(name) for name in ("ddp", "fsdp", "hybrid")}
+    return from_all_ranks(found | {"later": saved(folder / "signals")})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.distributed.launch import launch, needs_gloo
 from tests.distributed.regression import batch, build
-from tests.stability.ranks import LATER, SAVED_AT, STEPS, rule
+from tests.stability.ranks import LATER, SAVED_AT, STEPS, controlled, decisions, rule, train
 from tests.stability.snapshots import Snapshots
 from warmctl.stability.signals import StepSignals
 
@@ -34,6 +35,15 @@ def alone() -> Rows:
         rows.append([loss.item(), norm.item(), snapshots.end_slope(model.parameters())])
         base.step()
     return rows
+
+
+@pytest.fixture(scope="module")
+def decided_alone() -> Rows:
+    """Of one process with the wrapper, on the whole batch."""
+    model = build()
+    opt = controlled(model)
+    train(model, opt, range(LATER), batch)
+    return decisions(opt)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +88,31 @@ def test_several_ranks_see_what_one_process_sees(
 @needs_gloo
 @pytest.mark.parametrize("count", [2, 4])
 def test_what_four_ranks_saved_goes_on_on_fewer(
-    four: list[dict[str, Rows]], alone: Rows, folder: Path, count: int
+    four: list[dict[str, Rows]], alone: Rows, decided_alone: Rows, folder: Path, count: int
 ) -> None:
     """Bit for bit on as many, to rounding on two."""
     found = on_ranks(count, folder / "4", "load")
     assert_close(found[0]["later"], alone[SAVED_AT:])
     if count == 4:
         assert found[0]["later"] == four[0]["later"]
+        assert found[0]["decided"] == four[0]["decided"][SAVED_AT:]
+    assert_same_decisions(found, decided_alone[SAVED_AT:])
+
+
+def assert_same_decisions(found: list[dict[str, Rows]], expected: Rows) -> None:
+    """But for the ratio: a probe begins with random signs that each rank draws for its own shards."""
+    assert all(repr(rank["decided"]) == repr(found[0]["decided"]) for rank in found)
+    assert len(found[0]["decided"]) == len(expected)
+    for row, truth in zip(found[0]["decided"], expected, strict=True):
+        assert row[:3] == pytest.approx(truth[:3], rel=1e-5) and row[3] == pytest.approx(truth[3], rel=0.05)
+
+
+@needs_gloo
+@pytest.mark.parametrize("count", ["two", "four"])
+def test_several_ranks_decide_as_one_process(request: pytest.FixtureRequest, decided_alone: Rows, count: str) -> None:
+    assert_same_decisions(request.getfixturevalue(count), decided_alone)
+    scales = [row[0] for row in decided_alone]
+    assert max(new / old for old, new in pairwise(scales)) > 1.9 and scales[-1] < 1.9 * scales[-2]  # both laws decide
 
 
 def with_gradient(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -134,8 +162,8 @@ def test_finite_as_far_as_it_is_known(loss: float | None, factor: float, finite:
 
 
 def test_numbers_that_are_under_way_travel_with_copies_and_states() -> None:
-    signals, fresh = StepSignals(), StepSignals()
-    signals._send(torch.tensor([0.5, 4.0, 3.0, 9.0], dtype=torch.float64))
+    signals, fresh, sent = StepSignals(), StepSignals(), [0.5, 4.0, 3.0, 9.0, 2.5, 1.0]
+    signals._send(torch.tensor(sent, dtype=torch.float64))
     fresh.load_state_values(signals.state_values())
     for other in (signals, fresh, copy.deepcopy(signals)):
-        assert other.delayed == [0.5, 4.0, 3.0, 9.0] and not other._nothing_sent
+        assert other.delayed == sent and not other._nothing_sent

@@ -6,8 +6,7 @@ torch.func differentiates functions of their arguments; a user's loss is a funct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from warmctl.loss.switches import NO_MKLDNN
 from warmctl.vectors import Vector, owned
 
 COST = 3.3
@@ -34,7 +34,7 @@ def products(loss: Callable[[], Tensor], params: Sequence[Tensor], block: Vector
         tangent: Any = torch.func.jvp(torch.func.grad(loss_of), (at,), (tangents,))[1]
         return tuple(t if isinstance(t, Tensor) else torch.zeros_like(p) for t, p in zip(tangent, at, strict=True))
 
-    with _without_mkldnn():
+    with NO_MKLDNN:
         if block[0].shape[0] == 1:
             return [[owned(t) for t in one(tuple(b[0] for b in block))]]
         rows = torch.func.vmap(one, randomness="same")(tuple(block))
@@ -64,15 +64,3 @@ class Substitute(TorchFunctionMode):
         if func is F.instance_norm and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
             args = (args[0], None, None, *args[3:])
         return func(*tree_map_only(Tensor, swap, args), **tree_map_only(Tensor, swap, kwargs))
-
-
-@contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    """Its recurrences have no forward derivative. (`mkldnn.flags` sets, and warns of, TF32 as well.)"""
-    mkldnn: Any = torch.backends.mkldnn
-    before = mkldnn.enabled
-    mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        mkldnn.enabled = before

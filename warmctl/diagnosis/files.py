@@ -13,6 +13,8 @@ from typing import Any
 from warmctl.diagnosis.log import Log
 
 Placed = tuple[str, dict[str, Any]]
+DEEPEST = 32
+"""Of objects in each other."""
 
 
 def log_of(source: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> Log:
@@ -45,12 +47,12 @@ def read(path: Path) -> Log:
     return Log(str(path), _lines(text, path) if text.lstrip()[:1] == "{" else _cells(text, path))
 
 
-def flat(row: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """{"train": {"loss": 1}} as {"train/loss": 1}; lists are left out."""
+def flat(row: Mapping[str, Any], before: str = "", depth: int = 0) -> dict[str, Any]:
+    """{"train": {"loss": 1}} as {"train/loss": 1}; lists are left out, and what lies deeper than any log's columns."""
     cells: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):
-            cells.update(flat(value, f"{before}{key}/"))
+            cells.update(flat(value, f"{before}{key}/", depth + 1) if depth < DEEPEST else {})
         elif not isinstance(value, (list, tuple)):
             cells[f"{before}{key}"] = value
     return cells
@@ -62,9 +64,16 @@ def _is_whole(text: str) -> bool:
     return first[0].strip() == "{" or (len(first) == 1 and '"log_history"' in first[0])
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _whole(text: str, path: Path) -> Iterator[Placed]:
     try:
-        found = json.loads(text)
+        found = _parsed(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     rows = found.get("log_history") if isinstance(found, dict) else found
@@ -82,7 +91,7 @@ def _lines(text: str, path: Path) -> Iterator[Placed]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except ValueError as error:
             if number == len(lines):
                 return  # torn by a kill

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from warmctl.diagnosis import lost, warmed
 from warmctl.diagnosis.diagnosis import Diagnosis, Evidence
 from warmctl.diagnosis.files import log_of
@@ -30,10 +32,11 @@ def diagnose(history: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> D
     Raises: OSError for a file that cannot be read, ValueError, naming file and line, for what is no row or has too few
     losses, TypeError for another source.
     """
-    run = Run.of(log_of(history))
-    verdict, sign, advice = _verdict(run)
-    beside = findings(run)
-    evidence = [sign, *_before(run, verdict, sign), *(item for finding in beside for item in finding.evidence)]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # logs hold any number
+        run = Run.of(log_of(history))
+        verdict, sign, advice = _verdict(run)
+        beside = findings(run)
+        evidence = [sign, *_before(run, verdict, sign), *(item for finding in beside for item in finding.evidence)]
     return Diagnosis(verdict, tuple(evidence), " ".join([advice, *(finding.advice for finding in beside)]))
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from warmctl.loss.switches import EAGER, MATH
 
 
 class _Interception(TorchFunctionMode):
@@ -102,38 +102,10 @@ class _DenseEmbedding(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Switches:
-    """torch's choice of kernels, which is the process's: the first thread that comes in sets it, the last puts it back.
-
-    Each for itself would put back what another has set, for good.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside, self.stack = threading.Lock(), 0, ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                self.stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise, and importing it takes seconds
-                    self.stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self.inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                self.stack.close()
-
-
-_SWITCHES = _Switches()
-
-
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Twice differentiable kernels: math attention, eager modules, dense embeddings, no cuDNN recurrence."""
-    with _DenseEmbedding(), _SWITCHES:
+    with _DenseEmbedding(), MATH, EAGER:
         yield
 
 

@@ -264,10 +264,11 @@ class CapturedSource:
         closure = self.capture.closure()
         if closure is None:
             return None
-        untouched = distributed.everywhere(self.watch.untouched, params[0].device)
+        device = params[0].device
+        untouched = distributed.everywhere(self.watch.untouched, device)
         present = [dense_gradient(p) for p in params] if untouched else None
         replay = replays.of(closure, params, self.capture.random_state, own=True)
-        single = len(self.capture.weights) == 1
+        single = distributed.everywhere(len(self.capture.weights) == 1, device)
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
         alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)
         if present is not None and single and alone and self.verdict.repeats == EXACT:
@@ -280,7 +281,8 @@ class CapturedSource:
             raise ArithmeticError("the gradient of the model's own loss is not finite")
         if single and self.verdict.untried:
             weight = self.capture.weight()
-            if weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK:
+            scaled_back = weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK
+            if distributed.everywhere(scaled_back, device):
                 self.capture.scaled = True
                 return self.step_loss(params, replays)
             self._compare(step, gradient, weight, present is not None, inner)
@@ -310,16 +312,20 @@ class CapturedSource:
         untouched: bool,
         inner: Callable[[Vector, Vector], float],
     ) -> None:
-        """Is the gradient of the step that of the model's own loss? A loop may add other terms, or use none of it."""
+        """Is the gradient of the step that of the model's own loss? A loop may add other terms, or use none of it.
+
+        On every rank the answer is that of the rank with the least.
+        """
         reach, size = inner(step, gradient), inner(gradient, gradient)
         # A prediction E, trained on by f(E), has the gradient f'(E)∇E, and f'(E) is the weight.
         predicts = self.capture.bare and weight != 1.0
         alike = reach >= 0.99 * math.sqrt(size * inner(step, step))  # not so where one is nan
-        if predicts or not alike:
-            self.verdict.repeats, self.verdict.why_not = NEVER, NOT_CAPTURED
-            return
         rest = add_([s.clone() for s in step], gradient, -1.0)
-        self.verdict.repeats = EXACT if untouched and inner(rest, rest) <= 1e-6 * size else CLOSE
+        same = EXACT if untouched and inner(rest, rest) <= 1e-6 * size else CLOSE
+        found = NEVER if predicts or not alike else same
+        self.verdict.repeats = -distributed.largest(-found, step[0].device)
+        if self.verdict.repeats == NEVER:
+            self.verdict.why_not = NOT_CAPTURED
 
     def state_values(self) -> list[float]:
         return self.capture.state_values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from warmctl import distributed
 from warmctl.loss.scaler import loss_scale
 from warmctl.state import FLAG, LARGEST_COUNT, Allowed, check
 
@@ -28,8 +29,11 @@ class LiveGraph:
 
     @property
     def due(self) -> bool:
-        """Whether this pass is the one to measure in, as far as the last step tells."""
-        return self.wanted and self.passes == self.passes_before
+        """Whether this pass is the one to measure in: the last, as far as the last step tells.
+
+        On several ranks it is the first, which every rank comes to: one may have fewer than before.
+        """
+        return self.wanted and self.passes == (1 if distributed.world_size() > 1 else self.passes_before)
 
     def next_step(self, measured: bool) -> None:
         if measured:

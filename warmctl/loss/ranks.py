@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -59,7 +59,9 @@ class Ranks:
             for replica in self._found_replicas():
                 stack.enter_context(_bare(replica))
             for module in self.model.modules():
-                if isinstance(module, (sharded, nn.SyncBatchNorm)):
+                if isinstance(module, sharded) and _has_collectives_to_meet_in(module):
+                    stack.enter_context(_meet_in_collectives(module))
+                elif isinstance(module, (sharded, nn.SyncBatchNorm)):
                     for handle in _meet_around(module):
                         stack.callback(handle.remove)
             complete = False
@@ -100,6 +102,44 @@ def _end_iteration(model: nn.Module, sharded: Any) -> None:
                 fsdp.reset_iter_state()
             else:  # torch before 2.13
                 fsdp._get_fsdp_state()._root_post_backward_final_callback()
+
+
+COLLECTIVES = ("_all_gather_comm", "gather"), ("_reduce_scatter_comm", "reduce")
+
+
+class _Met:
+    """A collective of FSDP2's that all ranks begin at once, once each has the memory for it."""
+
+    def __init__(self, own: Any, meet: Callable[[], None]) -> None:
+        self.own, self.meet = own, meet
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor = self.own.allocate(*args, **kwargs)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.meet()
+        return self.own(*args, **kwargs)
+
+
+def _has_collectives_to_meet_in(module: Any) -> bool:
+    """Not so in torch before 2.9, nor where `replicate` has made copies rather than shards."""
+    groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
+    return all(hasattr(group, "_all_gather_comm") and hasattr(group.mesh_info, "shard_mesh_size") for group in groups)
+
+
+@contextmanager
+def _meet_in_collectives(module: Any) -> Iterator[None]:
+    """All ranks meet when the module gathers its weights, and when it reduces their gradients."""
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    before = [(vars(group), name, vars(group)[name], place) for group in groups for name, place in COLLECTIVES]
+    try:
+        for own, name, collective, place in before:
+            own[name] = _Met(collective, distributed.meeting(place))
+        yield
+    finally:
+        for own, name, collective, _ in before:
+            own[name] = collective
 
 
 def _meet_around(module: nn.Module) -> list[RemovableHandle]:

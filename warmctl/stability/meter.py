@@ -246,7 +246,8 @@ class Meter:
         return self._booked(replace(found, ratio=found.ratio * rate / self._rate), params)
 
     def _begin_update(self, params: list[Tensor], rate: float) -> None:
-        if self.sources.verdict.repeats != NEVER and not self.sources.ready:
+        ready = distributed.everywhere(self.sources.ready, params[0].device)
+        if self.sources.verdict.repeats != NEVER and not ready:
             if self.sources.graph.passes:
                 raise RuntimeError(NO_RULE.format(name=type(self.estimator.optimizer).__name__))
             return self.sources.missing(self.counts.steps, self.counts.probes)
@@ -295,7 +296,7 @@ class Meter:
         method, self._rate, self.representation_change, *values = values
         self.estimator.method = METHODS[int(method)]
         half = len(values) // 2
-        self.last = Measurement.from_values(values[:half])
+        self.last, self._made = Measurement.from_values(values[:half]), None
         self._along_last_update = Measurement.from_values(values[half:])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ closure is evaluated for the step itself.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from warmctl import distributed
 from warmctl.loss.replay import Replay
+from warmctl.loss.switches import EAGER
 from warmctl.vectors import local
 
 SAMPLE = 4096
@@ -79,19 +79,21 @@ class RepresentationChange:
 
     @torch.no_grad()
     def after(self, replay: Replay) -> float:
-        """The change since `before`, which is forgotten: the mean over ranks. Cost: one forward pass.
+        """The change since `before`, which is forgotten: that of the outputs of all ranks. Cost: one forward pass.
 
-        Nan if no layer could be compared, on one rank at least; inf if an output is no longer finite. To be called on
-        every rank, also where `before` failed: all enter one collective, whatever happens.
+        Nan if no layer could be compared; inf if an output is no longer finite. To be called on every rank, also where
+        `before` failed: all enter one collective, whatever happens, and all get nan where it failed on one.
         """
         before, self._before = self._before, None
-        change = torch.full((), math.nan, device=local(replay.params[0]).device)
+        layers, device = sum(1 for _ in _layers(self.model)), local(replay.params[0]).device
+        norms = torch.full((2, layers, CALLS), math.nan, dtype=torch.float32, device=device)
         try:
             if before is not None:
-                change = _median_change(before, self._outputs(replay), change)
+                _put_norms(norms, before, self._outputs(replay))
         finally:
-            change = distributed.average(change)
-        return float(change)
+            if distributed.world_size() > 1:  # of parts that lie on the ranks, squares add up
+                norms = distributed.average(norms.double().square()).sqrt()
+        return float(_median_change(*norms))
 
     def forget(self) -> None:
         """Drop what `before` has seen."""
@@ -125,8 +127,7 @@ class _Sampler:
             return closure()
 
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise, and importing it takes seconds
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(EAGER)
             stack.callback(setattr, replay, "closure", closure)
             replay.closure = begun_again
             stack.enter_context(self.hooks(model, self._look))
@@ -193,16 +194,26 @@ def _representation(output: Any) -> Tensor | None:
     return part if part.is_floating_point() else None
 
 
-def _median_change(before: Samples, after: Samples, unknown: Tensor) -> Tensor:
-    """Of the outputs that both have; `unknown` if there is none. Waits for no device."""
+def _put_norms(norms: Tensor, before: Samples, after: Samples) -> None:
+    """Into norms[0] and norms[1], by layer and call: ‖a‖ and ‖b − a‖ of outputs that both have, 0 of others.
+
+    On several ranks of whole outputs, as far as the samples tell: one rank's may be larger than another's.
+    """
+    norms.zero_()
     common = [call for call in before if call in after]
     if not common:
-        return unknown
+        return
     old, new = [before[call] for call in common], [after[call] for call in common]
-    size, moved = (
-        torch.stack([norm.to(unknown.device) for norm in torch._foreach_norm(vector)])
-        for vector in (old, torch._foreach_sub(new, old))
-    )
+    places, calls, shapes = zip(*common, strict=True)
+    for found, vectors in zip(norms, (old, torch._foreach_sub(new, old)), strict=True):
+        found[places, calls] = torch.stack([norm.to(norms.device) for norm in torch._foreach_norm(vectors)])
+    if distributed.world_size() > 1:
+        parts = [shape.numel() / vector.numel() for shape, vector in zip(shapes, old, strict=True)]
+        norms[:, places, calls] *= torch.tensor(parts, device="cpu").sqrt().to(norms)
+
+
+def _median_change(size: Tensor, moved: Tensor) -> Tensor:
+    """Nan if nothing has a size. Waits for no device."""
     change = moved / size
     known = size.isfinite() & (size > 0.0)
     lost = (size.isfinite() & ~moved.isfinite()).any()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from warmctl import distributed
 from warmctl.stability.end_slope import EndSlope
-from warmctl.state import ANYTHING, COUNT, FLAG, Allowed, check
+from warmctl.state import ANYTHING, COUNT, FLAG, LARGEST_COUNT, Allowed, check
 from warmctl.vectors import local, squares
 
-UNKNOWN = (math.nan,) * 4
+UNKNOWN = (*(math.nan,) * 4, 1.0, 1.0)
 
 
 class Signals(NamedTuple):
@@ -24,12 +24,14 @@ class Signals(NamedTuple):
         norm: of the gradient, over all its shards.
         end_slope: see `EndSlope`.
         finite: whether loss and norm are, as far as they are known.
+        evaluations: of the gradient that went into it, on average over the ranks.
     """
 
     loss: float
     norm: float
     end_slope: float
     finite: bool
+    evaluations: float
 
 
 class StepSignals:
@@ -53,34 +55,40 @@ class StepSignals:
         self.end_slope = math.nan
 
     @torch.no_grad()
-    def read(self, loss: Tensor | None, params: list[Tensor], end_slope: bool = True) -> Signals:
+    def read(
+        self, loss: Tensor | None, params: list[Tensor], end_slope: bool = True, evaluations: float = 1.0
+    ) -> Signals:
         """The signals of the coming step, whose gradient is there. Call it once a step.
 
         Args:
             loss: None if unknown.
             end_slope: whether it is wanted at this step.
+            evaluations: of the gradient, on this rank.
         """
-        found = self._read(loss, params, self.slope.products(params) if end_slope else None)
+        found = self._read(loss, params, self.slope.products(params) if end_slope else None, evaluations)
         self.end_slope = self.end_slope if math.isnan(found.end_slope) else found.end_slope
         if not found.finite:  # the vector may not be, and would never be again
             self.slope.forget()
         return found
 
-    def _read(self, loss: Tensor | None, params: list[Tensor], slope: tuple[Tensor, Tensor] | None) -> Signals:
+    def _read(
+        self, loss: Tensor | None, params: list[Tensor], slope: tuple[Tensor, Tensor] | None, evaluations: float
+    ) -> Signals:
         square = _square(params)
-        known = loss is not None
+        counted = [evaluations, float(loss is not None)]
         if square.device.type == "cpu" and distributed.world_size() == 1:
             sums = (math.nan, math.nan) if slope is None else map(float, slope)
-            return _signals([float(loss) if loss is not None else math.nan, float(square), *sums], known)
+            return _signals([float(loss) if loss is not None else math.nan, float(square), *sums, *counted])
         unknown = torch.full_like(square, math.nan)
         value = unknown if loss is None else loss.to(square).reshape(())
-        sent = torch.stack([value, square, *(part.to(square) for part in slope or (unknown, unknown))])
-        sent = distributed.average(sent)
-        if sent.device.type == "cpu":
-            return _signals(sent.tolist(), known)
+        sent = [value, square, *(part.to(square) for part in slope or (unknown, unknown))]
+        sent += [torch.full_like(square, number) for number in counted]
+        average = distributed.average(torch.stack(sent))
+        if average.device.type == "cpu":
+            return _signals(average.tolist())
         first, before = self._nothing_sent, self.delayed
-        self._send(sent)
-        return _signals(before, known)._replace(finite=True) if first else _signals(before, known)
+        self._send(average)
+        return _signals(before)._replace(finite=True) if first else _signals(before)
 
     @property
     def delayed(self) -> list[float]:
@@ -113,6 +121,7 @@ class StepSignals:
     def check_state_values(self, values: list[float]) -> None:
         square = Allowed(0.0, math.inf, unknown=True)
         awaited = {"loss": ANYTHING, "square": square, "along": ANYTHING, "length": square}
+        awaited |= {"gradients": Allowed(1.0, LARGEST_COUNT), "known": Allowed(0.0, 1.0)}
         slope = Allowed(-1.0, 1.0, unknown=True)
         check(values, {**awaited, "end_slope": slope, "sent": FLAG, "followed": COUNT})
 
@@ -132,11 +141,14 @@ def _square(params: Sequence[Tensor]) -> Tensor:
     return distributed.sum_over_shards([p for p, _ in held], squares(dense))
 
 
-def _signals(sums: Sequence[float], loss_known: bool) -> Signals:
-    """From the loss, gᵀg, −gᵀM and MᵀM. The last two are of any scale; without a direction there is no slope."""
-    loss, square, along, length = sums
+def _signals(values: Sequence[float]) -> Signals:
+    """From the loss, gᵀg, −gᵀM and MᵀM, the evaluations, and the part of the ranks on which the loss is known.
+
+    −gᵀM and MᵀM are of any scale; without a direction there is no slope.
+    """
+    loss, square, along, length, evaluations, known = values
     norm = math.sqrt(square) if square >= 0.0 else math.nan
     size = norm * math.sqrt(length) if length >= 0.0 else math.nan
     slope = along / size if size > 0.0 else math.nan
     slope = min(max(slope, -1.0), 1.0) if math.isfinite(slope) else math.nan
-    return Signals(loss, norm, slope, math.isfinite(norm) and (not loss_known or math.isfinite(loss)))
+    return Signals(loss, norm, slope, math.isfinite(norm) and (known < 1.0 or math.isfinite(loss)), evaluations)
