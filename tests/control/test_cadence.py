@@ -151,15 +151,15 @@ def test_a_probe_dearer_than_the_burst_is_saved_up_for() -> None:
     assert probes > 1
 
 
-@pytest.mark.parametrize("cost, probes", [(2.0, 4), (3.0, 3), (24.0, 3)])
+@pytest.mark.parametrize("cost, probes", [(2.0, 4), (3.0, 4), (4.0, 4)])
 def test_the_burst_buys_some_probes_whatever_they_cost(cost: float, probes: int) -> None:
     """Momentum fills in the first steps: a rate that is held by what the second probe saw may be held for good."""
     cadence = Cadence(budget=0.0)
     cadence.due(1.0, 1.0, 1.0, False)
-    cadence.probed(cost, 1.0)
+    cadence.probed(2.5 * cost, 1.0)
     made = 0
     for step in range(200):
-        if cadence.due(10.0 ** (step % 2), 1.0, cost, False):
+        if cadence.due(10.0 ** (step % 2), 1.0, cost if made else 1.25 * cost, False):
             cadence.probed(cost, 1.0)
             made += 1
     assert made == probes

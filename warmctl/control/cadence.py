@@ -25,7 +25,7 @@ SHOCK, AFTERMATH = 2.0, 5.0
 are looked at then. At the shock itself its own gradient would be what is seen."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, PROBES, RESERVE = 8.0, 3.0, 2.0
+BURST, PROBES, RESERVE = 8.0, 4.0, 2.0
 """Tokens at the start, beside the first probe; probes that they are to buy, however dear; and the part of later tokens
 that is left to events."""
 LARGEST_LOG = 750.0
@@ -61,8 +61,8 @@ class Cadence:
 
     Args:
         every: steps between probes, or "auto".
-        budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst of 8, or of 3 probes
-            if they are dearer.
+        budget: gradient evaluations for probes per gradient evaluation of training, beyond a burst of 8, or of 4
+            probes if they are dearer.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.02) -> None:
@@ -85,9 +85,7 @@ class Cadence:
         s = self.state
         s.age += 1
         earned = self.budget * gradients * (GUARD_SHARE if guarding else 1.0)
-        burst = max(BURST, PROBES * cost)
-        known = s.last_probe == s.age - 1.0 == 1.0  # what a probe costs after the first
-        s.tokens = burst if known else min(s.tokens + earned, burst)
+        s.tokens = min(s.tokens + earned, max(BURST, PROBES * cost))
         event = self._event(loss, norm)
         since = s.age - s.last_probe
         if s.last_probe < 0:
@@ -139,6 +137,8 @@ class Cadence:
         """
         s = self.state
         s.tokens -= 0.0 if s.last_probe < 0 else cost
+        if s.last_probe == 1.0:  # the second shows what those after the first cost
+            s.tokens += max(PROBES * cost - BURST, 0.0)
         s.last_probe = s.age
         far = 0.0 if math.isnan(closeness) else min(max(-math.log10(max(closeness, 1e-9)), 0.0), 1.0)
         s.gap = min(max((GAP_NEAR + (GAP_FAR - GAP_NEAR) * far) * s.age, 1.0), GAP_MOST)

@@ -205,7 +205,7 @@ def _put_norms(norms: Tensor, before: Samples, after: Samples) -> None:
         return
     old, new = [before[call] for call in common], [after[call] for call in common]
     places, calls, shapes = zip(*common, strict=True)
-    for found, vectors in zip(norms, (old, torch._foreach_sub(new, old)), strict=True):
+    for found, vectors in zip(norms, (old, list(torch._foreach_sub(new, old))), strict=True):
         found[places, calls] = torch.stack([norm.to(norms.device) for norm in torch._foreach_norm(vectors)])
     if distributed.world_size() > 1:
         parts = [shape.numel() / vector.numel() for shape, vector in zip(shapes, old, strict=True)]
@@ -214,6 +214,8 @@ def _put_norms(norms: Tensor, before: Samples, after: Samples) -> None:
 
 def _median_change(size: Tensor, moved: Tensor) -> Tensor:
     """Nan if nothing has a size. Waits for no device."""
+    if size.numel() == 0:  # not a layer
+        return size.new_full((), math.nan)
     change = moved / size
     known = size.isfinite() & (size > 0.0)
     lost = (size.isfinite() & ~moved.isfinite()).any()
