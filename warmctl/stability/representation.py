@@ -205,7 +205,7 @@ def _put_norms(norms: Tensor, before: Samples, after: Samples) -> None:
         return
     old, new = [before[call] for call in common], [after[call] for call in common]
     places, calls, shapes = zip(*common, strict=True)
-    for found, vectors in zip(norms, (old, torch._foreach_sub(new, old)), strict=True):
+    for found, vectors in zip(norms, (old, list(torch._foreach_sub(new, old))), strict=True):
         found[places, calls] = torch.stack([norm.to(norms.device) for norm in torch._foreach_norm(vectors)])
     if distributed.world_size() > 1:
         parts = [shape.numel() / vector.numel() for shape, vector in zip(shapes, old, strict=True)]
