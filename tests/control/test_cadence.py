@@ -9,7 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from warmctl.control.cadence import BURST, GAP_MOST, Cadence
+from warmctl.control.cadence import BURST, GAP_MOST, PROBES, Cadence
 
 
 def run(
@@ -52,7 +52,7 @@ def test_auto_never_spends_more_than_burst_and_budget(cost: float, budget: float
         if cadence.due(draw.expovariate(1), draw.expovariate(1), cost, guarding=False):
             cadence.probed(cost, closeness)
             spent += cost
-        assert spent <= cost + BURST + budget * step
+        assert spent <= cost + max(BURST, PROBES * cost) + budget * step
 
 
 def test_accumulated_gradients_earn_as_many_tokens() -> None:
@@ -96,14 +96,12 @@ def test_an_event_calls_for_a_probe_at_once(signal: str) -> None:
 
 
 @pytest.mark.parametrize("norm, looked_at", [(1.8, False), (2.5, True)])
-def test_a_shock_is_looked_at_at_once(norm: float, looked_at: bool) -> None:
-    """Beside the looks that are due anyway, which come no later for it."""
+def test_what_a_shock_leaves_is_looked_at(norm: float, looked_at: bool) -> None:
     cadence, looks = Cadence(), []
     for step in range(1, 61):
         cadence.due(1.0, norm if step == 50 else 1.0, 2.0, False)
         looks += [step] if cadence.look() else []
-    calm = [1, 2, 3, 4, 5, 6, 7, 8, 12, 18, 27, 41]
-    assert looks == calm + [50] * looked_at
+    assert looks == [1, 2, 3, 4, 5, 6, 7, 8, 12, 18, 27, 41] + [55] * looked_at
 
 
 def test_ordinary_noise_is_no_event() -> None:
@@ -151,3 +149,17 @@ def test_a_probe_dearer_than_the_burst_is_saved_up_for() -> None:
             cadence.probed(24.0, 1.0)
             probes += 1
     assert probes > 1
+
+
+@pytest.mark.parametrize("cost, probes", [(2.0, 4), (3.0, 3), (24.0, 3)])
+def test_the_burst_buys_some_probes_whatever_they_cost(cost: float, probes: int) -> None:
+    """Momentum fills in the first steps: a rate that is held by what the second probe saw may be held for good."""
+    cadence = Cadence(budget=0.0)
+    cadence.due(1.0, 1.0, 1.0, False)
+    cadence.probed(cost, 1.0)
+    made = 0
+    for step in range(200):
+        if cadence.due(10.0 ** (step % 2), 1.0, cost, False):
+            cadence.probed(cost, 1.0)
+            made += 1
+    assert made == probes

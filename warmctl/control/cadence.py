@@ -20,12 +20,14 @@ NORM_EVENT, LOSS_EVENT = 2.5, 4.0
 """Mean deviations above the running average that make an event, of the log of the gradient norm and of the loss."""
 NORM_SPREAD, LOSS_SPREAD = 0.15, 0.02
 """Least mean deviation that counts: of the log of the norm, and of the loss relative to it."""
-SHOCK = 2.0
-"""Gradient norm over its running average, at an event, above which the representations are looked at too."""
+SHOCK, AFTERMATH = 2.0, 5.0
+"""Gradient norm over its running average, at an event, that is a shock; and the steps after which the representations
+are looked at then. At the shock itself its own gradient would be what is seen."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, RESERVE = 8.0, 2.0
-"""Tokens at the start, beside the first probe, and the part of later ones that is left to events."""
+BURST, PROBES, RESERVE = 8.0, 3.0, 2.0
+"""Tokens at the start, beside the first probe; probes that they are to buy, however dear; and the part of later tokens
+that is left to events."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP = 8, 0.5
@@ -59,7 +61,8 @@ class Cadence:
 
     Args:
         every: steps between probes, or "auto".
-        budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst.
+        budget: gradient evaluations for probes per gradient evaluation of training, beyond the burst of 8, or of 3 probes
+            if they are dearer.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.02) -> None:
@@ -82,7 +85,9 @@ class Cadence:
         s = self.state
         s.age += 1
         earned = self.budget * gradients * (GUARD_SHARE if guarding else 1.0)
-        s.tokens = min(s.tokens + earned, max(BURST, cost + RESERVE))  # enough for one probe, however dear
+        burst = max(BURST, PROBES * cost)
+        known = s.last_probe == s.age - 1.0 == 1.0  # what a probe costs after the first
+        s.tokens = burst if known else min(s.tokens + earned, burst)
         event = self._event(loss, norm)
         since = s.age - s.last_probe
         if s.last_probe < 0:
@@ -116,13 +121,15 @@ class Cadence:
     def look(self) -> bool:
         """Whether to look at the representations at this step. Call it in warmup, after `due`.
 
-        Also where the gradient has grown `SHOCK` times: a network that breaks has little curvature, and moves far.
+        Also some steps after a shock: a network that breaks has little curvature then, and moves far.
         """
         s = self.state
-        if s.age < s.next_look:
-            return s.surprise > SHOCK
-        s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
-        return True
+        due = s.age >= s.next_look
+        if due:
+            s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
+        if s.surprise > SHOCK:
+            s.next_look = min(s.next_look, s.age + AFTERMATH)
+        return due
 
     def probed(self, cost: float, closeness: float) -> None:
         """Account for a probe made at this step.
