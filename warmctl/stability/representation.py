@@ -86,7 +86,7 @@ class RepresentationChange:
         """
         before, self._before = self._before, None
         layers, device = sum(1 for _ in _layers(self.model)), local(replay.params[0]).device
-        norms = torch.full((2, layers, CALLS), math.nan, dtype=torch.float32, device=device)
+        norms = torch.full((2, max(layers, 1), CALLS), math.nan, dtype=torch.float32, device=device)
         try:
             if before is not None:
                 _put_norms(norms, before, self._outputs(replay))
