@@ -200,7 +200,7 @@ class AdaptiveWarmup(OptimizerProxy):
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
-        if warming and now.finite and self.cadence.look():
+        if now.finite and self.cadence.look(warming):
             self.meter.look(params, rate * self._applied_scale)
         self._rates.scale(self.param_groups, self._followers.decided(decision.scale, self.phase, found is not None))
         ratio = self._followers.ratio(decision.ratio, decision.scale)

@@ -104,6 +104,14 @@ def test_what_a_shock_leaves_is_looked_at(norm: float, looked_at: bool) -> None:
     assert looks == [1, 2, 3, 4, 5, 6, 7, 8, 12, 18, 27, 41] + [55] * looked_at
 
 
+def test_after_warmup_shocks_alone_are_looked_at() -> None:
+    cadence, looks = Cadence(), []
+    for step in range(1, 401):
+        cadence.due(1.0, 2.5 if step in (100, 300) else 1.0, 2.0, step > 50)
+        looks += [step] if cadence.look(warming=step <= 50) else []
+    assert looks[-4:] == [41, 61, 105, 305]  # the second was planned in warmup
+
+
 def test_ordinary_noise_is_no_event() -> None:
     cadence, draw = Cadence(budget=0.0001), random.Random(1)
     run(cadence, 1)

@@ -158,3 +158,15 @@ def test_steps_that_persist_may_move_the_network_less() -> None:
             controller.changed(decision.scale, decision.scale)
         ended.append(decision.scale)
     assert ended[0] > 2.0 * ended[1]
+
+
+def test_what_a_shock_has_broken_holds_the_rate_in_the_guard_too() -> None:
+    """Its small ratio would let the scale come back at once."""
+    controller = warmed(0.2, -0.02)
+    controller.state.phase, controller.state.settled = 1.0, controller.state.scale
+    assert controller.update(1.0, Reading(0.01)).scale == controller.state.settled
+    controller.changed(200.0, controller.state.scale)  # averaged in log: 6.3
+    decision = controller.update(1.0, Reading(0.001))
+    assert decision.scale == pytest.approx(CUT * controller.state.settled) and REPRESENTATION in decision.reason
+    controller.changed(0.0001, controller.state.scale)
+    assert controller.update(1.0, Reading(0.001)).scale > decision.scale

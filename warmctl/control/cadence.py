@@ -33,6 +33,8 @@ LARGEST_LOG = 750.0
 LOOKS, LOOK_GAP = 8, 0.5
 """First steps at each of which the representations are looked at, and steps between later looks over the age of the
 run: so few that they need no budget."""
+NEVER = 1e300
+"""Steps that no run makes."""
 SLOPE_GAP = 1.0 / 32.0
 """Steps between readings of the end slope over the age of the run: what it averages grows with the run."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
@@ -116,15 +118,17 @@ class Cadence:
         """Whether the representations are looked at in the coming step, if it is one of warmup."""
         return self.state.age + 1.0 >= self.state.next_look
 
-    def look(self) -> bool:
-        """Whether to look at the representations at this step. Call it in warmup, after `due`.
+    def look(self, warming: bool = True) -> bool:
+        """Whether to look at the representations at this step. Call it after `due`.
 
-        Also some steps after a shock: a network that breaks has little curvature then, and moves far.
+        Also some steps after a shock: a network that breaks has little curvature then, and moves far. Once warmup has
+        ended after shocks alone, but for the one look that was still to come.
         """
         s = self.state
         due = s.age >= s.next_look
         if due:
-            s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
+            gap = max(1.0, float(round(LOOK_GAP * s.age))) if warming else NEVER
+            s.next_look = s.age + (1.0 if s.age < LOOKS else gap)
         if s.surprise > SHOCK:
             s.next_look = min(s.next_look, s.age + AFTERMATH)
         return due

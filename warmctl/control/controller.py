@@ -253,11 +253,14 @@ class Controller:
             self.state.shortening = min(self.state.shortening, max(allowed / surprise, SHORTEST))
 
     def _move(self, rate: float, reading: Reading | None, persistence: float) -> str:
-        """Towards the scale that all gauges allow, or 1. Once warmup has ended, no higher than where it did."""
+        """Towards the scale that all gauges allow, or 1. Once warmup has ended, no higher than where it did.
+
+        RRC is then looked at after shocks alone; the last of warmup allows what it ended at, as rates fall.
+        """
         s = self.state
         carried, bearable = self._carried(rate), self._bearable(rate, persistence)
         if self.phase != "warmup":
-            bearable = s.settled
+            bearable = min(s.settled, bearable)
         limit, before = min(1.0, carried, bearable), s.scale
         overshoot = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
         first = reading is not None and s.readings == 1 and not self.change.known and self.phase == "warmup"
@@ -273,7 +276,9 @@ class Controller:
         s.highest_scale = max(s.highest_scale, s.scale)
         if first:
             return f"started at scale {s.scale:.3g}"
-        holder = RATIO if carried < bearable else REPRESENTATION if self.phase == "warmup" else ENDED
+        holder = (
+            RATIO if carried < bearable else REPRESENTATION if self.phase == "warmup" or bearable < s.settled else ENDED
+        )
         if s.scale < before:
             return f"cut from scale {before:.3g} to {s.scale:.3g}: {holder}"
         if s.scale >= 1.0:

@@ -77,7 +77,8 @@ class ReferenceLaw:
     def move(self, rate: float, reading: Reading | None, persistence: float) -> None:
         sure = self.significance() * (1.0 - math.exp(-self.slopes / 15.0))
         cap = 0.5 / persistence + 0.4 * max(0.0, sure - 0.5) / 0.5
-        bearable = cap / max(self.change * rate, 1e-30) if self.phase == "warmup" else self.scale_settled
+        bearable = cap / max(self.change * rate, 1e-30)
+        bearable = bearable if self.phase == "warmup" else min(bearable, self.scale_settled)
         carried = self.carried(rate)
         ceiling = min(1.0, carried, bearable)
         if reading is not None and self.readings == 1 and not self.change and self.phase == "warmup":
