@@ -172,10 +172,7 @@ class AdaptiveWarmup(OptimizerProxy):
     step.hooked = True  # type: ignore[attr-defined]  # step hooks fire in the base, once
 
     def _decide(self, loss: Tensor | None) -> None:
-        """The gradient of the step is there: read its signals, probe if it is time, ask the controller, scale.
-
-        The loss is the step's, detached; None if unknown.
-        """
+        """The gradient is there: read signals, probe if due, decide, scale. `loss`: detached, None if unknown."""
         rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
@@ -197,6 +194,7 @@ class AdaptiveWarmup(OptimizerProxy):
         decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, carry)
         if self.phase != before:
             self._signals.rest()
+            self.cadence.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)

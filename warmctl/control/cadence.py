@@ -34,7 +34,7 @@ LOOKS, LOOK_GAP = 8, 0.5
 """First steps at each of which the representations are looked at, and steps between later looks over the age of the
 run: so few that they need no budget."""
 NEVER = 1e300
-"""Steps that no run makes."""
+"""A step that no run reaches."""
 SLOPE_GAP = 1.0 / 32.0
 """Steps between readings of the end slope over the age of the run: what it averages grows with the run."""
 GUARD_SHARE, GUARD_GAP = 0.2, 10.0
@@ -122,16 +122,21 @@ class Cadence:
         """Whether to look at the representations at this step. Call it after `due`.
 
         Also some steps after a shock: a network that breaks has little curvature then, and moves far. Once warmup has
-        ended after shocks alone, but for the one look that was still to come.
+        ended after shocks alone.
         """
         s = self.state
         due = s.age >= s.next_look
-        if due:
-            gap = max(1.0, float(round(LOOK_GAP * s.age))) if warming else NEVER
-            s.next_look = s.age + (1.0 if s.age < LOOKS else gap)
+        if due and warming:
+            s.next_look = s.age + (1.0 if s.age < LOOKS else max(1.0, float(round(LOOK_GAP * s.age))))
+        elif due:
+            s.next_look = NEVER
         if s.surprise > SHOCK:
             s.next_look = min(s.next_look, s.age + AFTERMATH)
         return due
+
+    def rest(self) -> None:
+        """Warmup has ended: of the looks that were planned none is made."""
+        self.state.next_look = NEVER
 
     def probed(self, cost: float, closeness: float) -> None:
         """Account for a probe made at this step.
