@@ -214,8 +214,6 @@ def _put_norms(norms: Tensor, before: Samples, after: Samples) -> None:
 
 def _median_change(size: Tensor, moved: Tensor) -> Tensor:
     """Nan if nothing has a size. Waits for no device."""
-    if size.numel() == 0:  # not a layer
-        return size.new_full((), math.nan)
     change = moved / size
     known = size.isfinite() & (size > 0.0)
     lost = (size.isfinite() & ~moved.isfinite()).any()
