@@ -184,14 +184,14 @@ class AdaptiveWarmup(OptimizerProxy):
             return
         if self.phase == "done":
             return self._coast(rate, loss)
-        warming, carry = self.phase == "warmup", persistence(self.param_groups)
+        warming, lasting = self.phase == "warmup", persistence(self.param_groups)
         now = self._signals.read(loss, params, warming and self.cadence.asks_slope(), evaluations)
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
         due = self.cadence.due(now.loss, now.norm, self.meter.expected_cost, guarding, now.evaluations)  # or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
         reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
         self.sources.nonfinite.make(now.finite)
-        decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, carry)
+        decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, lasting)
         if self.phase != before:
             self._signals.rest()
             self.cadence.rest()
