@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warmctl import AdaptiveWarmup
 from warmctl.control.cadence import Cadence
-from warmctl.control.controller import Controller, Decision, Reading
+from warmctl.control.controller import FASTEST, Controller, Decision, Reading
 from warmctl.control.gauges import CHANGE, SlopeGauge
 from warmctl.distributed import inner_product
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
+from warmctl.stability.representation import RepresentationChange
 
 
 class NoEvents(Cadence):
@@ -59,6 +61,45 @@ class NoChange(Controller):
 
     def _bearable(self, rate: float, persistence: float) -> float:
         return math.inf
+
+
+class ChangeAlone(NoStability):
+    """The scale goes up to what RRC allows, as fast as it may, whatever r and e say."""
+
+    def _growth(self, rate: float, persistence: float) -> float:
+        return FASTEST if self.phase == "warmup" else super()._growth(rate, persistence)
+
+
+class SetPoint(Controller):
+    """RRC is not only a limit: the scale goes up to what it and r allow, whatever e says."""
+
+    def _growth(self, rate: float, persistence: float) -> float:
+        return FASTEST if self.phase == "warmup" else super()._growth(rate, persistence)
+
+
+class MeanLayer(RepresentationChange):
+    """The mean over layers."""
+
+    @staticmethod
+    def _over_layers(change: Tensor) -> Tensor:
+        return change.nanmean()
+
+
+class WorstLayer(RepresentationChange):
+    """The layer that moves most."""
+
+    @staticmethod
+    def _over_layers(change: Tensor) -> Tensor:
+        return torch.nanquantile(change, 1.0)
+
+
+class LastLayer(RepresentationChange):
+    """The layer that comes last in the model, its last call."""
+
+    @staticmethod
+    def _over_layers(change: Tensor) -> Tensor:
+        seen = change[~change.isnan()]
+        return seen[-1] if seen.numel() else change.nanmean()
 
 
 class FlatChange(SlopeGauge):

@@ -45,7 +45,7 @@ class Variant:
     def __call__(self, optimizer: Optimizer, model: nn.Module) -> AdaptiveWarmup:
         wrapped = self.wrapper(optimizer, model, **self.options)
         for name, part in self.parts.items():
-            owners = {"estimator": wrapped.meter, "slope": wrapped.controller}
+            owners = {"estimator": wrapped.meter, "slope": wrapped.controller, "_change": wrapped.meter.prober}
             getattr(owners.get(name, wrapped), name).__class__ = part
         return wrapped
 
@@ -67,6 +67,10 @@ def law(part: type, **options: Any) -> Variant:
     return Variant("law", parts={"controller": part}, **options)
 
 
+def layers(part: type, **options: Any) -> Variant:
+    return Variant("law", parts={"_change": part}, **options)
+
+
 VARIANTS = {
     DEFAULT: Variant("", quick=True),
     "Krylov space of the batch, 2 products": read(Krylov, quick=True),
@@ -80,6 +84,11 @@ VARIANTS = {
     "without RRC": law(decisions.NoChange, quick=True),
     "RRC whatever the momentum": law(decisions.AnyMomentum, quick=True),
     "RRC not lifted by e": Variant("law", parts={"slope": decisions.FlatChange}),
+    "RRC alone": law(decisions.ChangeAlone),
+    "RRC as a set point": law(decisions.SetPoint),
+    "RRC of the mean layer": layers(decisions.MeanLayer),
+    "RRC of the worst layer": layers(decisions.WorstLayer),
+    "RRC of the last layer": layers(decisions.LastLayer),
     "e never asked": Variant("law", parts={"slope": decisions.Unasked}, quick=True),
     "e always agrees": Variant("law", parts={"slope": decisions.Agrees}, quick=True),
     "growth with age at most": law(decisions.Aged),

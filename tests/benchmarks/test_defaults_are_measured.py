@@ -236,6 +236,33 @@ def test_without_momentum_a_step_may_change_more_by_default(variant: str, scale:
     assert controller.update(1.0, None, math.nan, 1.0, 1.0).scale == pytest.approx(scale)
 
 
+@pytest.mark.parametrize(
+    ("variant", "scale"),
+    [(DEFAULT, 0.1), ("RRC as a set point", 0.2), ("RRC alone", 0.2), ("without r", 0.1)],
+)
+def test_against_e_a_set_point_grows(variant: str, scale: float) -> None:
+    controller = law(variant)
+    controller.state.crossed = 1.0
+    controller.slope.mean, controller.slope.square = -0.2, 0.04
+    assert controller.update(1.0).scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("variant", "found"),
+    [
+        (DEFAULT, 0.25),
+        ("RRC of the mean layer", 0.275),
+        ("RRC of the worst layer", 0.5),
+        ("RRC of the last layer", 0.2),
+    ],
+)
+def test_over_layers(variant: str, found: float) -> None:
+    model = nn.Linear(2, 2)
+    change = VARIANTS[variant](Adam(model.parameters()), model).meter.prober._change
+    size, moved = torch.ones(3, 2), torch.tensor([[0.1, math.nan], [0.5, 0.3], [0.2, 0.0]])
+    assert float(change._change(size.where(moved.isfinite(), math.nan), moved)) == pytest.approx(found)
+
+
 @pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.11), ("no return from a cut", 0.1)])
 def test_a_cut_is_made_good_by_the_default(variant: str, scale: float) -> None:
     controller = law(variant)

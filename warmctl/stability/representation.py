@@ -93,7 +93,21 @@ class RepresentationChange:
         finally:
             if distributed.world_size() > 1:  # of parts that lie on the ranks, squares add up
                 norms = distributed.average(norms.double().square()).sqrt()
-        return float(_median_change(*norms))
+        return float(self._change(*norms))
+
+    def _change(self, size: Tensor, moved: Tensor) -> Tensor:
+        """Nan if nothing has a size. Waits for no device."""
+        change = moved / size
+        known = size.isfinite() & (size > 0.0)
+        lost = (size.isfinite() & ~moved.isfinite()).any()
+        seen = known & (change > UNMOVED)
+        found = self._over_layers(change.where(seen, math.nan))
+        return found.masked_fill(known.any() & ~seen.any(), 0.0).masked_fill(lost, math.inf)
+
+    @staticmethod
+    def _over_layers(change: Tensor) -> Tensor:
+        """Of changes by layer and call; nan stands for those left out."""
+        return torch.nanquantile(change, 0.5)
 
     def forget(self) -> None:
         """Drop what `before` has seen."""
@@ -210,13 +224,3 @@ def _put_norms(norms: Tensor, before: Samples, after: Samples) -> None:
     if distributed.world_size() > 1:
         parts = [shape.numel() / vector.numel() for shape, vector in zip(shapes, old, strict=True)]
         norms[:, places, calls] *= torch.tensor(parts, device="cpu").sqrt().to(norms)
-
-
-def _median_change(size: Tensor, moved: Tensor) -> Tensor:
-    """Nan if nothing has a size. Waits for no device."""
-    change = moved / size
-    known = size.isfinite() & (size > 0.0)
-    lost = (size.isfinite() & ~moved.isfinite()).any()
-    median = torch.nanquantile(change.where(known & (change > UNMOVED), math.nan), 0.5)
-    unmoved = known.any() & ~(known & (change > UNMOVED)).any()
-    return median.masked_fill(unmoved, 0.0).masked_fill(lost, math.inf)
