@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ def all_of(run: Run) -> dict[str, Any]:
     }
 
 
+@cache
 def number_names() -> list[str]:
     """Of all that is saved, in order. Of equal names the first counts: the controller comes before the cadence."""
     names = ["format"]

@@ -57,15 +57,20 @@ def find_loss(output: Any) -> Tensor | None:
     return scalars[0] if len(scalars) == 1 else None
 
 
-def _compiled_or_plain(model: nn.Module) -> list[nn.Module]:
-    """The other modules under which this one may be called, if anything is compiled in this process."""
+def _plain(model: nn.Module) -> list[nn.Module]:
+    """What this one was compiled from, if it is compiled."""
+    plain = getattr(model, "_orig_mod", None)
+    return [plain] if isinstance(plain, nn.Module) else []
+
+
+def _compiled(model: nn.Module) -> list[nn.Module]:
+    """What was compiled from this one. Goes through all objects there are, which takes tens of milliseconds."""
     if "torch._dynamo" not in sys.modules:
         return []
     from torch._dynamo import OptimizedModule
 
-    compiled = [thing for thing in gc.get_referrers(OptimizedModule) if type(thing) is OptimizedModule]  # its instances
-    twins = [m for m in compiled if m._orig_mod is model or getattr(m._orig_mod, "module", None) is model]
-    return [*twins, model._orig_mod] if isinstance(model, OptimizedModule) else [*twins]
+    instances = [thing for thing in gc.get_referrers(OptimizedModule) if type(thing) is OptimizedModule]
+    return [m for m in instances if m._orig_mod is model or getattr(m._orig_mod, "module", None) is model]
 
 
 class ModelCapture:
@@ -86,7 +91,8 @@ class ModelCapture:
         self.model = model
         self._handles: list[Any] = []
         self._heard: list[nn.Module] = []
-        self.enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
+        self._enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
+        self._hear(model, *_plain(model))  # the compiled one is looked for once nothing was heard
         self.forwards = 0
         self._hooked: list[tuple[weakref.ref[Tensor], Any]] | None = None
         self.clear()
@@ -100,24 +106,24 @@ class ModelCapture:
     def enabled(self, value: bool) -> None:
         self._enabled = value
         if value and not self._handles:
-            self._hear(self.model)
+            self._hear(self.model, *_plain(self.model))
             self.find_compiled()
 
-    def _hear(self, module: nn.Module) -> None:
-        self._heard.append(module)
-        self._handles += [
-            module.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
-            module.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
-        ]
+    def _hear(self, *modules: nn.Module) -> None:
+        for module in modules:
+            self._heard.append(module)
+            self._handles += [
+                module.register_forward_pre_hook(_Hook(self, "_remember"), with_kwargs=True),
+                module.register_forward_hook(_Hook(self, "_confirm"), with_kwargs=True),
+            ]
 
     def find_compiled(self) -> bool:
-        """Hear the module that `torch.compile` has made of this one, or the one that it was made of. True if it is new.
+        """Hear the module that `torch.compile` has made of this one too. True if it is new.
 
         Hooks of a module inside compiled code are a part of its graph: they hear nothing.
         """
-        found = [twin for twin in _compiled_or_plain(self.model) if not any(twin is heard for heard in self._heard)]
-        for twin in found:
-            self._hear(twin)
+        found = [twin for twin in _compiled(self.model) if not any(twin is heard for heard in self._heard)]
+        self._hear(*found)
         return bool(found)
 
     def remove(self) -> None:
@@ -236,7 +242,9 @@ class ModelCapture:
 
     def load_state_values(self, values: list[float]) -> None:
         self.enabled, self.trained_on, self.scaled = map(bool, values)
-        if not self.enabled:
+        if self.enabled:
+            self.find_compiled()  # as it was heard when this was saved
+        else:
             self.remove()
 
 
