@@ -100,7 +100,8 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def random_streams() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    _, words, gauss = random.getstate()
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": (np.array(words), gauss)}
 
 
 def everything(model: nn.Module, opt: Any) -> dict[str, Any]:

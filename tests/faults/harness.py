@@ -199,16 +199,19 @@ def run(case: Case) -> tuple[list[Any], list[Event], AdaptiveWarmup]:
     training = Training(case, wrapped=True)
     before, most, traces, events = of_process(), hooks(training.model), [], []
     for step in range(case.steps):
+        where = f"seed {case.seed}, step {step}"
         fault, interrupt, passes, made = case.faults.get(step), "", training.passes, training.made
         with fault.armed(training.model, training.opt) if fault else nullcontext() as armed:
             try:
                 training.step(step)
             except tuple(INTERRUPTS.values()) as error:  # type: ignore[misc]
+                if not (armed and armed.fired):
+                    raise
                 interrupt = type(error).__name__
         fired = (armed and armed.fired) or ""
-        assert interrupt == (fault.what if fault and fired and fault.what in INTERRUPTS else ""), (step, interrupt)
-        assert_same(of_process(), before, f"step {step}")
-        assert hooks(training.model) <= most, f"step {step} leaves hooks"
+        assert interrupt == (fault.what if fault and fired and fault.what in INTERRUPTS else ""), (where, interrupt)
+        assert_same(of_process(), before, where)
+        assert hooks(training.model) <= most, f"{where}: hooks are left"
         traces.append(training.trace())
         events.append(Event(training.passes > passes, training.made > made, interrupt, fired))
     return traces, events, training.opt
@@ -224,6 +227,6 @@ def check(case: Case) -> tuple[list[Event], AdaptiveWarmup]:
         twin = Training(case, wrapped=False)
         for step, (trace, event) in enumerate(zip(traces, events, strict=True)):
             twin.step(step, event.passed, event.made)
-            assert_same(trace, twin.trace(), f"step {step}")
+            assert_same(trace, twin.trace(), f"seed {case.seed}, step {step}")
     assert all(event.made or event.interrupt for event in events), "a step was not made"
     return events, opt
