@@ -176,7 +176,9 @@ class _Operations(TorchDispatchMode):
 
 
 def _spoilable(func: Any, found: Tensor) -> bool:
-    return (found.is_floating_point() or found.is_complex()) and not (func._schema.is_mutable or func.is_view)
+    """Whether this is a number of its own, not one that was written in place, nor a view."""
+    writes = func._schema.is_mutable or any(returned.alias_info for returned in func._schema.returns)
+    return (found.is_floating_point() or found.is_complex()) and not writes
 
 
 WARMCTL = str(Path(warmctl.__file__).parent)

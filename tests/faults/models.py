@@ -197,7 +197,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizers]] = {
     "asgd": one(torch.optim.ASGD, 0.01),
     "rprop": one(torch.optim.Rprop, 0.01),
     "adafactor": one(torch.optim.Adafactor, 0.01),
-    "muon and adamw": muon_and_adamw,
+    **({"muon and adamw": muon_and_adamw} if hasattr(torch.optim, "Muon") else {}),
     "prodigy": prodigy,
     "lion": lion,
     "schedule-free": schedule_free,
