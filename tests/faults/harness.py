@@ -90,7 +90,7 @@ class Training:
             if case.source == "observed":
                 options["loss_fn"] = loss_of
             bases = self.bases if len(self.bases) > 1 else self.bases[0]
-            self.opt = AdaptiveWarmup(bases, self.model, **options)  # type: ignore[arg-type]
+            self.opt = AdaptiveWarmup(bases, self.model, **options)
         self.stepping = [self.opt] if wrapped else self.bases
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13, enabled=case.source == "scaled")
 
@@ -204,7 +204,7 @@ def run(case: Case) -> tuple[list[Any], list[Event], AdaptiveWarmup]:
         with fault.armed(training.model, training.opt) if fault else nullcontext() as armed:
             try:
                 training.step(step)
-            except tuple(INTERRUPTS.values()) as error:  # type: ignore[misc]
+            except tuple(INTERRUPTS.values()) as error:
                 if not (armed and armed.fired):
                     raise
                 interrupt = type(error).__name__

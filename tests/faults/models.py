@@ -102,7 +102,7 @@ class Recurrent(nn.Module):
 
 def lora() -> nn.Module:
     net = mlp()
-    return nn.Sequential(LoRA(net[0]), nn.Dropout(0.1), net[1], LoRA(net[2]))  # type: ignore[arg-type]
+    return nn.Sequential(LoRA(net[0]), nn.Dropout(0.1), net[1], LoRA(net[2]))
 
 
 def frozen() -> nn.Module:
