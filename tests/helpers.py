@@ -100,7 +100,8 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def random_streams() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    _, words, gauss = random.getstate()
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": (np.array(words), gauss)}
 
 
 def everything(model: nn.Module, opt: Any) -> dict[str, Any]:
@@ -109,6 +110,8 @@ def everything(model: nn.Module, opt: Any) -> dict[str, Any]:
     params = [p for group in base.param_groups for p in group["params"]]
     trace = {
         "weights and buffers": model.state_dict(),
+        "all buffers": dict(model.named_buffers()),
+        "trained": [p.requires_grad for p in model.parameters()],
         "grad": [p.grad for p in params],
         "state": [{k: v for k, v in base.state.get(p, {}).items() if not k.startswith("warmctl_")} for p in params],
         "lr": [group["lr"] for group in base.param_groups],
@@ -129,11 +132,16 @@ def _copied(tree: Any) -> Any:
     return tree
 
 
+def _without_nan(tensor: Tensor) -> Tensor:
+    dense = tensor.to_dense() if tensor.is_sparse else tensor
+    return (torch.view_as_real(dense) if dense.is_complex() else dense).nan_to_num(7.7e7)
+
+
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
     """Bit for bit, through any nesting; NaN equals NaN."""
     if isinstance(expected, Tensor):
         assert isinstance(found, Tensor) and found.dtype == expected.dtype, where
-        assert torch.equal(found.nan_to_num(7.7e7), expected.nan_to_num(7.7e7)), where
+        assert torch.equal(_without_nan(found), _without_nan(expected)), where
     elif isinstance(expected, Mapping):
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():

@@ -1,7 +1,7 @@
 """Signals and decisions on several ranks, launched by test_signals.py.
 
-FOLDER save     train from the start by DDP, FSDP2 and both at once; save the sharded run in mid-warmup
-FOLDER load     go on with what another number of ranks has saved
+save FOLDER         train from the start by DDP, FSDP2 and both at once; save the sharded run in mid-warmup
+load FOLDER ...     go on with what each of these numbers of ranks has saved
 """
 
 from __future__ import annotations
@@ -133,10 +133,12 @@ def decided(folder: Path, what: str) -> list[list[float]]:
     return decisions(opt)
 
 
-def main(arguments: list[str]) -> list[dict[str, list[list[float]]]]:
-    folder, what = Path(arguments[0]), arguments[1]
-    found = {"decided": decided(folder / "decided", what)}
+def main(arguments: list[str]) -> list[dict[str, Any]]:
+    what, folders = arguments[0], [Path(name) for name in arguments[1:]]
     if what == "load":
-        return from_all_ranks(found | {"later": loaded(folder / "signals")})
-    found |= {name: trained(name) for name in ("ddp", "fsdp", "hybrid")}
-    return from_all_ranks(found | {"later": saved(folder / "signals")})
+        return from_all_ranks(
+            {f.name: {"decided": decided(f / "decided", what), "later": loaded(f / "signals")} for f in folders}
+        )
+    folder = folders[0]
+    found = {name: trained(name) for name in ("ddp", "fsdp", "hybrid")}
+    return from_all_ranks(found | {"decided": decided(folder / "decided", what), "later": saved(folder / "signals")})

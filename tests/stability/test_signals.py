@@ -6,6 +6,7 @@ import copy
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,20 +52,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoint")
 
 
-def on_ranks(count: int, folder: Path, what: str) -> list[dict[str, Rows]]:
+def on_ranks(count: int, what: str, *folders: Path) -> list[Any]:
     """What each rank returned."""
-    found: list[dict[str, Rows]] = launch("tests.stability.ranks", count, str(folder), what)
+    found: list[Any] = launch("tests.stability.ranks", count, what, *map(str, folders))
     return found
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Rows]]:
-    return on_ranks(2, folder / "2", "save")
+    return on_ranks(2, "save", folder / "2")
 
 
 @pytest.fixture(scope="module")
 def four(folder: Path) -> list[dict[str, Rows]]:
-    return on_ranks(4, folder / "4", "save")
+    return on_ranks(4, "save", folder / "4")
 
 
 def assert_close(found: Rows, expected: Rows) -> None:
@@ -86,17 +87,20 @@ def test_several_ranks_see_what_one_process_sees(
 
 
 @needs_gloo
-@pytest.mark.parametrize("count", [2, 4])
-def test_what_four_ranks_saved_goes_on_on_fewer(
-    four: list[dict[str, Rows]], alone: Rows, decided_alone: Rows, folder: Path, count: int
+@pytest.mark.parametrize(("count", "saved"), [(2, "4"), (4, "42")])
+def test_what_was_saved_goes_on_on_more_and_on_fewer_ranks(
+    request: pytest.FixtureRequest, alone: Rows, decided_alone: Rows, folder: Path, count: int, saved: str
 ) -> None:
-    """Bit for bit on as many, to rounding on two."""
-    found = on_ranks(count, folder / "4", "load")
-    assert_close(found[0]["later"], alone[SAVED_AT:])
-    if count == 4:
-        assert found[0]["later"] == four[0]["later"]
-        assert found[0]["decided"] == four[0]["decided"][SAVED_AT:]
-    assert_same_decisions(found, decided_alone[SAVED_AT:])
+    """To rounding; bit for bit on as many."""
+    before = {"2": request.getfixturevalue("two"), "4": request.getfixturevalue("four")}
+    ranks = on_ranks(count, "load", *(folder / name for name in saved))
+    for name in saved:
+        found = [rank[name] for rank in ranks]
+        assert_close(found[0]["later"], alone[SAVED_AT:])
+        assert_same_decisions(found, decided_alone[SAVED_AT:])
+        if name == str(count):
+            assert found[0]["later"] == before[name][0]["later"]
+            assert found[0]["decided"] == before[name][0]["decided"][SAVED_AT:]
 
 
 def assert_same_decisions(found: list[dict[str, Rows]], expected: Rows) -> None:
