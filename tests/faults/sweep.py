@@ -8,7 +8,6 @@ take some ten minutes.
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import traceback
@@ -39,7 +38,6 @@ def main(first: int, last: int) -> int:
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    gc.freeze()  # as tests/conftest.py does
     bounds = [int(word) for word in sys.argv[1:]]
     first = bounds[0] if bounds else 0
     sys.exit(main(first, bounds[1] if len(bounds) > 1 else first + 1000) > 0)
