@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.harness.cells import per_update, student
-from benchmarks.harness.results import Row, median
+from benchmarks.harness.cells import student
+from benchmarks.harness.results import Row
 from benchmarks.published_recipes.recipe import NONE, OURS, SHARES
 
 LIMITS = {"loss": (0.01, 0.02)}
@@ -86,13 +86,10 @@ class Comparison:
         ours, theirs = self.scores((OURS, multiple)), self.scores(reference)
         return student([a - b for a, b in zip(ours, theirs, strict=True)])
 
-    def price(self, policy: str) -> tuple[float, float]:
-        """(gradient evaluations, CPU seconds of an update) beyond the hand-set runs', as shares of theirs."""
+    def price(self, policy: str) -> float:
+        """Gradient evaluations beyond the hand-set runs', as a share of theirs."""
         rows = [row for (name, _), rows in self.cells.items() if name == policy for row in rows]
-        plain = [per_update(row) for (name, _), rows in self.cells.items() if name != OURS for row in rows]
-        evaluations = sum(row["overhead"] for row in rows) / len(rows)
-        own = median([per_update(row) for row in rows])
-        return evaluations, own / median(plain) - 1 if plain else 0.0
+        return sum(float(row["overhead"]) for row in rows) / len(rows)
 
 
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:

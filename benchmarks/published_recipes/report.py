@@ -41,24 +41,21 @@ def report(rows: Iterable[Row], name: str, settings: Row, only_report: bool = Fa
 def print_scores(group: Comparison) -> None:
     lines = [score_line(group, policy) for policy in group.policies]
     columns = {"policy": "{}", **{times(multiple): "{}" for multiple in group.multiples}}
-    columns |= {"failed": "{}", "evals": "{:+.1%}", "time": "{:+.0%}"}
+    columns |= {"failed": "{}", "evals": "{:+.1%}"}
     stated = "" if group.stated is None else f"; published: {group.stated:g}"
     seeds = f"{group.seeds} seed{'s' * (group.seeds > 1)}"
     table(f"{group.recipe}, {group.steps} updates: {WORDS[group.by]}, {seeds}{stated}", lines, columns)
-    console.print("± half of the 95 % interval over seeds. evals, time: gradient evaluations and CPU seconds an update")
-    console.print("beyond the hand-set runs'.")
+    console.print("± half of the 95 % interval over seeds. evals: gradient evaluations beyond those of the updates.")
 
 
 def score_line(group: Comparison, policy: str) -> Row:
     cells = [(policy, multiple) for multiple in group.multiples if (policy, multiple) in group.cells]
     failed, runs = group.failures(policy)
-    evaluations, seconds = group.price(policy)
     return {
         "policy": policy + (" (published)" if policy == group.published and not policy.startswith("published") else ""),
         **{times(cell[1]): with_interval(*student(group.scores(cell))) for cell in cells},
         "failed": f"{failed}/{runs}",
-        "evals": evaluations,
-        "time": seconds,
+        "evals": group.price(policy),
     }
 
 
@@ -109,9 +106,7 @@ def summarised(group: Comparison, lines: Sequence[Row]) -> Row:
         },
         "best by hand": best and {"cell": f"{best[0]} at {times(best[1])}", "mean": group.mean(best)},
         "failed": {policy: "/".join(map(str, group.failures(policy))) for policy in group.policies},
-        "price": {
-            policy: dict(zip(("evaluations", "seconds"), group.price(policy), strict=True)) for policy in group.policies
-        },
+        "price": {policy: group.price(policy) for policy in group.policies},
         "warmctl": list(lines),
     }
 
