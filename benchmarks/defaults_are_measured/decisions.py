@@ -139,6 +139,15 @@ class Aged(Controller):
         return min(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
 
 
+class AgedAnyway(Controller):
+    """The scale grows as the run ages, at least, up to what r and RRC allow, whatever e says."""
+
+    def _growth(self, rate: float, persistence: float) -> float:
+        age = self.state.age
+        growth = super()._growth(rate, persistence)
+        return max(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
+
+
 class NoEvidence(Controller):
     """The scale may go beyond any multiple of the one at the last reading."""
 

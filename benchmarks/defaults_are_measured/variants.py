@@ -92,6 +92,7 @@ VARIANTS = {
     "e never asked": Variant("law", parts={"slope": decisions.Unasked}, quick=True),
     "e always agrees": Variant("law", parts={"slope": decisions.Agrees}, quick=True),
     "growth with age at most": law(decisions.Aged),
+    "growth with age at least": law(decisions.AgedAnyway),
     "growth beyond the evidence": law(decisions.NoEvidence),
     "no return from a cut": law(decisions.NoReturn),
     "target .3": Variant("target", {"target": 0.3}),

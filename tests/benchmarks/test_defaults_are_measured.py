@@ -238,9 +238,15 @@ def test_without_momentum_a_step_may_change_more_by_default(variant: str, scale:
 
 @pytest.mark.parametrize(
     ("variant", "scale"),
-    [(DEFAULT, 0.1), ("RRC as a set point", 0.2), ("RRC alone", 0.2), ("without r", 0.1)],
+    [
+        (DEFAULT, 0.1),
+        ("without r", 0.1),
+        ("RRC as a set point", 0.2),
+        ("RRC alone", 0.2),
+        ("growth with age at least", 0.11),
+    ],
 )
-def test_against_e_a_set_point_grows(variant: str, scale: float) -> None:
+def test_what_grows_against_e(variant: str, scale: float) -> None:
     controller = law(variant)
     controller.state.crossed = 1.0
     controller.slope.mean, controller.slope.square = -0.2, 0.04
