@@ -114,6 +114,14 @@ def test_after_warmup_shocks_alone_are_looked_at() -> None:
     assert looks[-4:] == [27, 41, 105, 305]
 
 
+@pytest.mark.parametrize(("held", "due"), [(False, ""), (True, "clock")])
+def test_the_reserve_may_go_on_a_reading_that_holds_the_rate(held: bool, due: str) -> None:
+    cadence = Cadence()
+    run(cadence, 20)
+    cadence.state.last_probe, cadence.state.gap, cadence.state.tokens = 1.0, 10.0, 3.0
+    assert cadence.due(1.0, 1.0, 3.0, False, held=held) == due
+
+
 def test_ordinary_noise_is_no_event() -> None:
     cadence, draw = Cadence(budget=0.0001), random.Random(1)
     run(cadence, 1)

@@ -3,7 +3,7 @@
 Probes are as far apart as the run is old: a gap is half of its age near `target`, and twice that age ten times below.
 In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its own running
 average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred steps, the last of
-them kept for events. How far a step moves the representations is looked at more often, for it costs less than one
+them kept for events, and for a reading that holds the rate while it grows old. How far a step moves the representations is looked at more often, for it costs less than one
 gradient, and the end slope is read more often still. Nothing here reads a clock: the same run probes at the same steps.
 """
 
@@ -27,7 +27,7 @@ MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 BURST, PROBES, RESERVE = 8.0, 4.0, 2.0
 """Tokens at the start, beside the first probe; probes that they are to buy, however dear; and the part of later tokens
-that is left to events."""
+that is left to events, and to new readings where the last one holds the rate."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP = 8, 0.5
@@ -75,7 +75,9 @@ class Cadence:
         """As at the start, with a burst of its own: what was thawed or added has never been measured."""
         self.state = CadenceState(tokens=max(self.state.tokens, BURST))
 
-    def due(self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> str:
+    def due(
+        self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0, held: bool = False
+    ) -> str:
         """Why to probe at this step, or "". Call it once a step.
 
         Args:
@@ -83,6 +85,7 @@ class Cadence:
             cost: what a probe is expected to cost, in gradient evaluations.
             guarding: whether warmup has ended and the rate is no higher than then.
             gradients: evaluations that went into this step; more than one with gradient accumulation.
+            held: whether the last reading is what holds the rate.
         """
         s = self.state
         s.age += 1
@@ -96,7 +99,7 @@ class Cadence:
             return "every" if since >= int(self.every) else ""
         if event and s.tokens >= cost:
             return event
-        reserve = RESERVE if s.age > BURST else 0.0
+        reserve = 0.0 if held or s.age <= BURST else RESERVE
         due = since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost + reserve
         return "clock" if due else ""
 
