@@ -3,8 +3,9 @@
 Probes are as far apart as the run is old: a gap is half of its age near `target`, and twice that age ten times below.
 In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its own running
 average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred steps, the last of
-them kept for events, and for a reading that holds the rate while it grows old. How far a step moves the representations is looked at more often, for it costs less than one
-gradient, and the end slope is read more often still. Nothing here reads a clock: the same run probes at the same steps.
+them kept for events, and for when the reading that holds the rate has grown old. How far a step moves the
+representations is looked at more often, for it costs less than one gradient, and the end slope is read more often
+still. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
