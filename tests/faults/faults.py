@@ -47,7 +47,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "RecursionError": RecursionError,
     "NotImplementedError": NotImplementedError,
     "UserWarning": lambda: UserWarning("raised"),
-    "UnicodeDecodeError": lambda: UnicodeDecodeError("utf8", b"\xff", 0, 1, "\ud800"),
+    "UnicodeDecodeError": lambda: UnicodeDecodeError("utf8", b"\xff", 0, 1, "invalid start byte"),
     "AttributeError": lambda: AttributeError("missing"),
     "TypeError": lambda: TypeError("wrong"),
 }
