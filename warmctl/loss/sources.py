@@ -28,7 +28,7 @@ OBSERVE_PATIENCE = 10
 """Steps at the scale of before the first probe after which a loop that has a loss_fn but observes nothing is warned."""
 NOT_OBSERVED = (
     f"warmctl: loss_fn was given, but observe(batch) was not called in {OBSERVE_PATIENCE} steps: call "
-    "opt.observe(batch) before opt.step(). Until then the learning rate stays at 1 % of the schedule"
+    "opt.observe(batch) before opt.step(). Until then no curvature is measured"
 )
 NO_SOURCE = """AdaptiveWarmup has no loss to measure the sharpness of. One line gives it one:
   opt.step(closure)      with a closure that clears gradients, computes the loss, calls backward and returns it; or
