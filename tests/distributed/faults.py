@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.launch import from_all_ranks
 from tests.distributed.regression import Regressor, full_weights, own
 from tests.distributed.worker import shard
-from tests.faults.harness import FAULTS
+from tests.faults.faults import IN_FORWARD
 from warmctl import AdaptiveWarmup
 from warmctl.loss.no_trace import measuring
 
@@ -81,7 +81,7 @@ class Faulty(Regressor):
     def fault(self, out: Tensor, evaluation: int) -> Tensor:
         if self.error.startswith(tuple(COLLECTIVE)) or not 0 < self.fails_at == evaluation:
             return out
-        return FAULTS[self.error.removeprefix(BACKWARD)](self, out)
+        return IN_FORWARD[self.error.removeprefix(BACKWARD)](self, out)
 
     def run_out_of_memory(self) -> None:
         """In a collective of FSDP2's, in the evaluation that goes wrong."""
@@ -93,7 +93,7 @@ class Faulty(Regressor):
         class RunsOut(base):
             def allocate(self, *args: Any, **kwargs: Any) -> Any:
                 if 0 < owner.fails_at == owner.seen - 1 and measuring(owner.parameters()):
-                    FAULTS[error](owner, torch.empty(0))
+                    IN_FORWARD[error](owner, torch.empty(0))
                 return super().allocate(*args, **kwargs)
 
         for module in self.modules():
