@@ -63,18 +63,15 @@ class NoChange(Controller):
         return math.inf
 
 
-class ChangeAlone(NoStability):
-    """The scale goes up to what RRC allows, as fast as it may, whatever r and e say."""
-
-    def _growth(self, rate: float, persistence: float) -> float:
-        return FASTEST if self.phase == "warmup" else super()._growth(rate, persistence)
-
-
 class SetPoint(Controller):
     """RRC is not only a limit: the scale goes up to what it and r allow, whatever e says."""
 
     def _growth(self, rate: float, persistence: float) -> float:
         return FASTEST if self.phase == "warmup" else super()._growth(rate, persistence)
+
+
+class ChangeAlone(SetPoint, NoStability):
+    """The scale goes up to what RRC allows, as fast as it may, whatever r and e say."""
 
 
 class MeanLayer(RepresentationChange):

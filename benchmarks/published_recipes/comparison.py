@@ -87,7 +87,7 @@ class Comparison:
         return student([a - b for a, b in zip(ours, theirs, strict=True)])
 
     def price(self, policy: str) -> float:
-        """Gradient evaluations beyond the hand-set runs', as a share of theirs."""
+        """Gradient evaluations beyond those of the updates, as a share of them: the mean over runs."""
         rows = [row for (name, _), rows in self.cells.items() if name == policy for row in rows]
         return sum(float(row["overhead"]) for row in rows) / len(rows)
 

@@ -266,7 +266,7 @@ def test_over_layers(variant: str, found: float) -> None:
     model = nn.Linear(2, 2)
     change = VARIANTS[variant](Adam(model.parameters()), model).meter.prober._change
     size, moved = torch.ones(3, 2), torch.tensor([[0.1, math.nan], [0.5, 0.3], [0.2, 0.0]])
-    assert float(change._change(size.where(moved.isfinite(), math.nan), moved)) == pytest.approx(found)
+    assert float(change._typical(size.where(moved.isfinite(), math.nan), moved)) == pytest.approx(found)
 
 
 @pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.11), ("no return from a cut", 0.1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -42,6 +43,20 @@ def test_either_module_may_be_given(given: str) -> None:
     assert [row["probed"] for row in rows] == [known, True, True, True] and not failures(rows)
     if known:
         assert [row["sharpness"] for row in rows] == pytest.approx([r["sharpness"] for r in plain.history], rel=1e-3)
+
+
+@pytest.mark.parametrize(("given", "unseen"), [("plain", 1), ("compiled", 0)])
+def test_outputs_are_looked_at_where_the_backward_pass_is_measured(given: str, unseen: int) -> None:
+    torch._dynamo.reset()
+    model = mlp()
+    outer = torch.compile(model, backend="eager")
+    opt = AdaptiveWarmup(sgd(model), outer if given == "compiled" else model)
+    for step in range(3):
+        opt.zero_grad()
+        opt.backward(loss_fn(outer, batch_of(step)))
+        opt.step()
+    changes = opt.history["representation_change"]
+    assert [math.isnan(change) for change in changes] == [step < unseen for step in range(3)]
 
 
 def test_the_plain_module_is_called_and_the_compiled_one_was_given() -> None:

@@ -105,8 +105,9 @@ class ModelCapture:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._enabled = value
-        if value and not self._handles:
-            self._hear(self.model, *_plain(self.model))
+        if value:
+            if not self._handles:
+                self._hear(self.model, *_plain(self.model))
             self.find_compiled()
 
     def _hear(self, *modules: nn.Module) -> None:
@@ -242,9 +243,7 @@ class ModelCapture:
 
     def load_state_values(self, values: list[float]) -> None:
         self.enabled, self.trained_on, self.scaled = map(bool, values)
-        if self.enabled:
-            self.find_compiled()  # as it was heard when this was saved
-        else:
+        if not self.enabled:
             self.remove()
 
 
@@ -254,6 +253,7 @@ class CapturedSource:
     def __init__(self, model: nn.Module, verdict: Verdict, watch: GradientWatch) -> None:
         self.verdict, self.watch = verdict, watch
         self.capture = ModelCapture(model)
+        self._sought = False
 
     @property
     def ready(self) -> bool:
@@ -265,6 +265,10 @@ class CapturedSource:
         return self.capture.forwards > 0 and self.capture.trained_on and self.verdict.repeats != NEVER
 
     def forget(self) -> None:
+        """After a step. Once, if nothing was heard in it, look for what is called in the model's place."""
+        if not self._sought and self.capture.enabled and self.capture.last is None:
+            self._sought = True
+            self.capture.find_compiled()
         self.capture.clear()
 
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:

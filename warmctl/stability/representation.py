@@ -93,10 +93,10 @@ class RepresentationChange:
         finally:
             if distributed.world_size() > 1:  # of parts that lie on the ranks, squares add up
                 norms = distributed.average(norms.double().square()).sqrt()
-        return float(self._change(*norms))
+        return float(self._typical(*norms))
 
-    def _change(self, size: Tensor, moved: Tensor) -> Tensor:
-        """Nan if nothing has a size. Waits for no device."""
+    def _typical(self, size: Tensor, moved: Tensor) -> Tensor:
+        """Over all layers of moved / size; nan if nothing has a size. Waits for no device."""
         change = moved / size
         known = size.isfinite() & (size > 0.0)
         lost = (size.isfinite() & ~moved.isfinite()).any()
