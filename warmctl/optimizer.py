@@ -85,7 +85,7 @@ class AdaptiveWarmup(OptimizerProxy):
         target: float = 0.8,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         every: int | str = "auto",
-        budget: float = 0.02,
+        budget: float = 0.01,
         hvp: str = "auto",
         estimator: str = "lanczos",
         probe_steps: int = 2,

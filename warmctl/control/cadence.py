@@ -38,7 +38,7 @@ NEVER = 1e300
 """A step that no run reaches."""
 SLOPE_GAP = 1.0 / 32.0
 """Steps between readings of the end slope over the age of the run: what it averages grows with the run."""
-GUARD_SHARE, GUARD_GAP = 0.2, 10.0
+GUARD_SHARE, GUARD_GAP = 0.4, 10.0
 """Part of the budget, and factor on the gaps, once warmup has ended."""
 
 
@@ -68,7 +68,7 @@ class Cadence:
             probes if they are dearer.
     """
 
-    def __init__(self, every: int | str = "auto", budget: float = 0.02) -> None:
+    def __init__(self, every: int | str = "auto", budget: float = 0.01) -> None:
         self.every, self.budget = every, budget
         self.state = CadenceState()
 
