@@ -18,6 +18,9 @@ from warmctl.stability.measurement import Measurement
 from warmctl.stability.meter import Meter
 from warmctl.stability.representation import RepresentationChange
 
+PLANNED = 0.2
+"""Part of all updates after which a planned warmup reaches the schedule."""
+
 
 class NoEvents(Cadence):
     """Probes by the clock alone, and no shorter steps."""
@@ -143,6 +146,31 @@ class AgedAnyway(Controller):
         age = self.state.age
         growth = super()._growth(rate, persistence)
         return max(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
+
+
+class Planned(Controller):
+    """Knows how many updates there will be: the scale grows at least so that it is 1 after a fifth of them, as by rule
+    of thumb, up to what r and RRC allow, whatever e says; and warmup does not end before.
+
+    Where e is too timid, as in short runs of noisy steps, or the run ends before a rate that settled early has been
+    tried again, a plan says how much time there is to lose.
+    """
+
+    updates: int | None = None
+
+    @property
+    def planned(self) -> float:
+        """The scale at this age by a linear warmup over a fifth of the updates; 0 if they are not known."""
+        return 0.0 if self.updates is None else min(1.0, self.state.age / (PLANNED * self.updates))
+
+    def _growth(self, rate: float, persistence: float) -> float:
+        growth = super()._growth(rate, persistence)
+        behind = self.planned / self.state.scale if self.phase == "warmup" else 0.0
+        return max(growth, min(behind, FASTEST))
+
+    def _over(self, rate: float, reason: str) -> str:
+        why = super()._over(rate, reason)
+        return "" if 0.0 < self.planned < 1.0 else why
 
 
 class NoEvidence(Controller):

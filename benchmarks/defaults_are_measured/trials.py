@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from benchmarks.defaults_are_measured.variants import VARIANTS
@@ -46,7 +46,7 @@ def code(trial: Trial) -> str:
 
 
 def measure(trial: Trial) -> Row:
-    row = runs.measure(trial.job, VARIANTS[trial.variant])
+    row = runs.measure(trial.job, partial(VARIANTS[trial.variant], updates=trial.steps))
     return {**row, "variant": trial.variant, "key": trial.key, "code": code(trial)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.defaults_are_measured import decisions
+from benchmarks.defaults_are_measured import by_layer, decisions
 from benchmarks.defaults_are_measured.readings import (
     BatchAware,
     BatchSharpness,
@@ -20,6 +20,7 @@ from benchmarks.defaults_are_measured.readings import (
     RitzAndBatch,
     RitzAndFresh,
 )
+from benchmarks.defaults_are_measured.returns import Returns
 from benchmarks.harness.results import Row
 from benchmarks.harness.source import bare, digest
 from warmctl import AdaptiveWarmup
@@ -42,11 +43,14 @@ class Variant:
     wrapper: type[AdaptiveWarmup] = AdaptiveWarmup
     quick: bool = False
 
-    def __call__(self, optimizer: Optimizer, model: nn.Module) -> AdaptiveWarmup:
+    def __call__(self, optimizer: Optimizer, model: nn.Module, updates: int | None = None) -> AdaptiveWarmup:
+        """Args: updates: how many there will be, for the variant that may know it."""
         wrapped = self.wrapper(optimizer, model, **self.options)
         for name, part in self.parts.items():
             owners = {"estimator": wrapped.meter, "slope": wrapped.controller, "_change": wrapped.meter.prober}
             getattr(owners.get(name, wrapped), name).__class__ = part
+        if isinstance(wrapped.controller, decisions.Planned):
+            wrapped.controller.updates = updates
         return wrapped
 
     def code(self) -> str:
@@ -65,6 +69,11 @@ def read(part: type, **options: Any) -> Variant:
 
 def law(part: type, **options: Any) -> Variant:
     return Variant("law", parts={"controller": part}, **options)
+
+
+def scales(part: type, **options: Any) -> Variant:
+    parts = {"controller": by_layer.LayerBounds, "_rates": by_layer.LayerRates, "_change": part}
+    return Variant("law", parts=parts, wrapper=by_layer.ByLayer, **options)
 
 
 def layers(part: type, **options: Any) -> Variant:
@@ -89,12 +98,16 @@ VARIANTS = {
     "RRC of the mean layer": layers(decisions.MeanLayer),
     "RRC of the worst layer": layers(decisions.WorstLayer),
     "RRC of the last layer": layers(decisions.LastLayer),
+    "a scale by layer, of its own RRC": scales(by_layer.OwnChange),
+    "a scale by layer, of its output's RRC": scales(by_layer.LayerChange),
     "e never asked": Variant("law", parts={"slope": decisions.Unasked}, quick=True),
     "e always agrees": Variant("law", parts={"slope": decisions.Agrees}, quick=True),
     "growth with age at most": law(decisions.Aged),
     "growth with age at least": law(decisions.AgedAnyway),
+    "growth by a known horizon at least": law(decisions.Planned),
     "growth beyond the evidence": law(decisions.NoEvidence),
     "no return from a cut": law(decisions.NoReturn),
+    "return from a death": Variant("law", wrapper=Returns),
     "target .3": Variant("target", {"target": 0.3}),
     "target .5": Variant("target", {"target": 0.5}, quick=True),
     "target .784 (noise)": Variant("target", {"target": 0.784}),
