@@ -31,4 +31,5 @@ def by_oracle(run: Row) -> Row:
     if run.get("diverged"):
         return run
     ratios = dict(zip(*run["series"], strict=True)) | {1: run["oracle"]["1"]}
-    return run | {"start": ratios[1], "back": back_at(ratios) if ratios[1] > 1 else None}
+    back = back_at(ratios) if ratios[1] > 1 else None
+    return run | {"start": ratios[1], "back": back, "series": [list(ratios), list(ratios.values())]}

@@ -183,7 +183,11 @@ def test_weights_of_rounding_size_make_adams_start_and_the_meter_leaves_them_out
 def test_the_oracles_first_ratio_stands_in_for_the_meters() -> None:
     series = [[1 + 10 * i for i in range(12)], [0.5, 0.9, *[1.0] * 10]]
     by_meter = {"start": 0.5, "back": None, "series": series, "oracle": {"1": 5.0}}
-    assert wide.by_oracle(by_meter) == by_meter | {"start": 5.0, "back": 11}
+    assert wide.by_oracle(by_meter) == by_meter | {
+        "start": 5.0,
+        "back": 11,
+        "series": [series[0], [5.0, *series[1][1:]]],
+    }
     assert wide.by_oracle(by_meter | {"oracle": {"1": 0.9}})["back"] is None
 
 
