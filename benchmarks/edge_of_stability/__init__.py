@@ -9,6 +9,10 @@ generator, one-hot targets; the square loss of Cohen et al. 2021, half the squar
 examples; full batch, constant rate, float32. Expected figures were measured elsewhere on a problem that is only partly
 known: tolerances, fixed beforehand, are narrow where theory names the figure and wide where the problem decides it.
 
+What does not reproduce is asked again, with one thing changed: ten times the width, cross-entropy, twice the layers, or
+rates that hold the target exactly (CDAT's own law among them). The cause is what was changed where that reproduces the
+claim, and the claim itself where nothing does.
+
 The oracle of a measurement is the same eigenvalue in float64 by plain autograd and ARPACK, scaled by hand; the tests
 hold it against dense Hessians. The heatmap is of the shared problem `gpt-post` at half the width and context, and needs
 no measurement but the loss.

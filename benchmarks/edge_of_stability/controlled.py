@@ -8,7 +8,7 @@ from functools import partial
 from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks.edge_of_stability.problem import closure_for, oracle_ratio, signals, tanh_mlp
-from benchmarks.edge_of_stability.series import SETTLED, thinned
+from benchmarks.edge_of_stability.series import SETTLED, diverged, thinned
 from benchmarks.harness.results import Row
 from warmctl import AdaptiveWarmup
 
@@ -28,16 +28,18 @@ def controlled(rule: partial[Optimizer], target: float, seed: int, steps: int) -
     exact = oracle_ratio(model, batch, optimizer.base, EDGES[rule.func])
     optimizer.step(closure)
     history = optimizer.history
+    losses = {row["step"]: row["loss"] for row in history}
+    curves = {"losses": thinned(losses), "rates": thinned({row["step"]: row["lr"] for row in history})}
+    if lost := diverged(losses, steps // 50):
+        return {"diverged": lost, **curves}
     last = history[-1]
     probe = last["sharpness"] * last["lr"] / last["threshold"]
     ended = next((row["step"] for row in history if row["phase"] != "warmup"), None)
-    rates = {row["step"]: row["lr"] for row in history}
     return {
         "loss": statistics.median(row["loss"] for row in history[-steps // 50 :]),
         "rate": history[-1]["lr"],
         "ratio": statistics.median(row["stability_ratio"] for row in history[-int(SETTLED * steps) :]),
         "warmup ended": ended,
         "oracle error": abs(probe / (last["scale"] * exact) - 1),
-        "losses": thinned({row["step"]: row["loss"] for row in history}),
-        "rates": thinned(rates),
+        **curves,
     }

@@ -13,6 +13,7 @@ from benchmarks.edge_of_stability.heatmap import TOLERABLE, Heatmap
 from benchmarks.edge_of_stability.measured import Measured
 from benchmarks.edge_of_stability.monitored import BIAS
 from benchmarks.edge_of_stability.problem import SETTINGS
+from benchmarks.edge_of_stability.wide import WIDTH, by_oracle
 from benchmarks.harness import style
 from benchmarks.harness.results import Row
 from benchmarks.harness.runs import FAILED
@@ -32,8 +33,8 @@ def draw(found: Measured, path: Path) -> None:
     draw_ratios(top[1], [nesterov], found.runs, nesterov)
     draw_ratios(top[2], adam, found.runs, "Adam, β₂=.99")
     draw_ratios(top[3], adam, found.runs, "Adam's first steps")
-    draw_opening(top[3], adam)
-    draw_bias(bottom[0], found.bias)
+    draw_opening(top[3], adam, found.again.wide)
+    draw_bias(bottom[0], found.bias, found.again.bias)
     for ax, name in zip(bottom[1:], CONTROLLED, strict=False):
         draw_pair(ax, found.pairs[name], "losses")
         ax.set(title=f"{name}: on and below the edge", ylabel="training loss")
@@ -58,8 +59,11 @@ def draw_ratios(ax: Any, names: Sequence[str], runs: dict[str, list[Row]], title
     style.name_line(ax, 1, "edge")
 
 
-def draw_opening(ax: Any, names: Sequence[str]) -> None:
-    """Both axes in log, and the expected figures beside the curves."""
+def draw_opening(ax: Any, names: Sequence[str], wide: dict[str, list[Row]]) -> None:
+    """Both axes in log, the wider networks, and the expected figures beside the curves."""
+    for colour, name in zip(COLOURS, names, strict=True):
+        for run in map(by_oracle, wide[name]):
+            ax.plot(*run["series"], color=colour, ls=":", label=f"{name}, width {WIDTH}", **THIN)
     for colour, setting in zip(COLOURS, (SETTINGS[name] for name in names), strict=True):
         for x, y, marker, words in (
             (1, setting.start / setting.edge, "D", "expected at step 1"),
@@ -71,12 +75,16 @@ def draw_opening(ax: Any, names: Sequence[str]) -> None:
     ax.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
 
 
-def draw_bias(ax: Any, found: Row) -> None:
+def draw_bias(ax: Any, found: Row, by_entropy: Row) -> None:
     sizes = list(BIAS)
-    for colour, at in ((style.SKY, "initial"), (style.ORANGE, "trained")):
-        rows = [found[at][str(size)] for size in sizes]
+    for colour, by_size, words in (
+        (style.SKY, found["initial"], "initial weights"),
+        (style.ORANGE, found["trained"], "trained weights"),
+        (style.BLUE, by_entropy["trained"], "trained by cross-entropy"),
+    ):
+        rows = [by_size[str(size)] for size in sizes]
         errors = [row["standard error"] for row in rows]
-        look = {"color": colour, "marker": "o", "ms": 4, "capsize": 3, "label": f"bias, {at} weights"}
+        look = {"color": colour, "marker": "o", "ms": 4, "capsize": 3, "label": f"bias, {words}"}
         ax.errorbar(sizes, [row["mean"] for row in rows], errors, **look)
     ax.plot(sizes, list(BIAS.values()), color=style.INK, marker="x", ls=":", label="bias, expected")
     ax.axhline(1, color=style.INK, lw=0.9, ls="--")

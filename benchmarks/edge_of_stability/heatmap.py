@@ -22,18 +22,21 @@ from benchmarks.harness.results import Row
 KINDS = ("adam", "seeded")
 TOLERABLE = 0.5
 """A rate is tolerated if the run learns this part of the way from chance to the best cell of its map."""
+LAYERS = 3
 
 
 @lru_cache
-def small_gpt() -> Problem:
+def small_gpt(layers: int) -> Problem:
     """`gpt-post` at half the width and context."""
     stream = partial(text_batches, context=32)
-    return replace(PROBLEMS["gpt-post"], model=partial(GPT, 32, 3, 32, post_norm=True), stream=stream, eval_count=4)
+    return replace(
+        PROBLEMS["gpt-post"], model=partial(GPT, 32, layers, 32, post_norm=True), stream=stream, eval_count=4
+    )
 
 
-def warmed_up(rule: str, lr: float, warmup: int, steps: int, seed: int) -> Row:
+def warmed_up(rule: str, lr: float, warmup: int, steps: int, seed: int, layers: int = LAYERS) -> Row:
     """Train with linear warmup and a constant rate after it, by Adam or by Adam with v = g₀² at first."""
-    problem = small_gpt()
+    problem = small_gpt(layers)
     model = problem.build(seed)
     optimizer = problem.optimizer(model.parameters(), lr)
     if rule == "seeded":

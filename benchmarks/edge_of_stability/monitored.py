@@ -13,6 +13,7 @@ from torch.optim import SGD
 
 from benchmarks.edge_of_stability.problem import (
     SETTINGS,
+    Loss,
     Setting,
     closure_for,
     oracle_ratio,
@@ -37,7 +38,7 @@ def monitored(setting: Setting, seed: int, steps: int, width: int = 40) -> Row:
     """Train with a monitor; its ratios η λ / τ at the probes, and the oracle's at five of them.
 
     The ratio is made from the probe's own `sharpness`: `stability_ratio` is the controller's forecast, which falls
-    slowly on purpose.
+    slowly on purpose. A run that diverges has no more than the step of that and the ratios until then.
     """
     batch, model = signals(256), tanh_mlp(seed, width)
     base = setting.rule(model.parameters())
@@ -50,9 +51,12 @@ def monitored(setting: Setting, seed: int, steps: int, width: int = 40) -> Row:
     for step in range(1, steps + 1):
         if step in checks:
             oracle[step] = oracle_ratio(model, batch, base, setting.edge)
-        optimizer.step(closure)
-    probes = [row for row in optimizer.history if row["probed"]]
+        if not math.isfinite(optimizer.step(closure).item()):
+            break
+    probes = [row for row in optimizer.history if row["probed"] and math.isfinite(row["sharpness"])]
     ratios = {row["step"]: row["sharpness"] * row["lr"] / row["threshold"] for row in probes}
+    if not math.isfinite(optimizer.history[-1]["loss"]):
+        return {"diverged": step, "series": thinned(ratios)}
     return summary_of(ratios, steps) | {
         "forecast": statistics.median(r["stability_ratio"] for r in probes[-len(probes) // 4 :]),
         "loss": optimizer.history[-1]["loss"],
@@ -96,30 +100,30 @@ def back_at(ratios: dict[int, float]) -> int | None:
     return None
 
 
-def bias(steps: int, epochs: int, most: int) -> Row:
+def bias(steps: int, epochs: int, most: int, loss_fn: Loss = square_loss) -> Row:
     """Mean over mini-batches of λ_max over that of all 1000 examples, at initialisation and after training by GD.
 
     Batches of an epoch do not overlap: so many epochs, at most `most` batches of each size.
     """
     everything, model = signals(1000), tanh_mlp(0)
     optimizer = SGD(model.parameters(), lr=0.3)
-    found: Row = {"initial": batch_sharpness(model, everything, epochs, most)}
-    closure = closure_for(optimizer, model, everything)
+    found: Row = {"initial": batch_sharpness(model, everything, epochs, most, loss_fn)}
+    closure = closure_for(optimizer, model, everything, loss_fn)
     for _ in range(steps):
         optimizer.step(closure)
-    found["trained"] = batch_sharpness(model, everything, epochs, most)
-    exact = oracle_ratio(model, everything, SGD(model.parameters(), lr=1.0), 1.0)
+    found["trained"] = batch_sharpness(model, everything, epochs, most, loss_fn)
+    exact = oracle_ratio(model, everything, SGD(model.parameters(), lr=1.0), 1.0, loss_fn)
     return found | {"oracle": exact, "oracle error": abs(found["trained"]["all"] / exact - 1)}
 
 
-def batch_sharpness(model: nn.Module, everything: Batch, epochs: int, most: int) -> Row:
+def batch_sharpness(model: nn.Module, everything: Batch, epochs: int, most: int, loss_fn: Loss = square_loss) -> Row:
     (x, y), generator = everything, torch.Generator().manual_seed(0)
-    whole = sharpness(model, square_loss, everything).eigenvalue
+    whole = sharpness(model, loss_fn, everything).eigenvalue
     found: Row = {"all": whole}
     for size in BIAS:
         orders = (torch.randperm(len(x), generator=generator) for _ in range(epochs))
         batches = islice((rows for order in orders for rows in order[: len(x) // size * size].split(size)), most)
-        values = [sharpness(model, square_loss, (x[rows], y[rows])).eigenvalue / whole for rows in batches]
+        values = [sharpness(model, loss_fn, (x[rows], y[rows])).eigenvalue / whole for rows in batches]
         found[str(size)] = {
             "mean": statistics.fmean(values),
             "standard error": statistics.stdev(values) / math.sqrt(len(values)),

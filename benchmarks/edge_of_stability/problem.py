@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,6 +17,7 @@ from benchmarks.harness.data import Batch, mnist1d
 from benchmarks.harness.oracle import preconditioner, top_eigenvalue
 
 Rule = Callable[..., Optimizer]
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,43 @@ def square_loss(model: nn.Module, batch: Batch) -> Tensor:
     return 0.5 * (model(x) - y).square().sum(1).mean()
 
 
-def closure_for(optimizer: Optimizer, model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+def closure_for(
+    optimizer: Optimizer, model: nn.Module, batch: Batch, loss_fn: Loss = square_loss
+) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = square_loss(model, batch)
+        loss = loss_fn(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     return closure
 
 
-def oracle_ratio(model: nn.Module, batch: Batch, optimizer: Optimizer, edge: float) -> float:
-    """η λ_max(P^-½ H P^-½) / edge of the coming step, in float64 by plain autograd and ARPACK, by definition."""
+def oracle_ratio(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: Optimizer,
+    edge: float,
+    loss_fn: Loss = square_loss,
+    least: float = 0.0,
+) -> float:
+    """η λ_max(P^-½ H P^-½) / edge of the coming step, in float64 by plain autograd and ARPACK, by definition.
+
+    Without the weights whose gradient is below `least` of the largest; nan where the loss is not finite.
+    """
     twin = copy.deepcopy(model).double()
     params = list(twin.parameters())
-    loss = square_loss(twin, (batch[0].double(), batch[1].double()))
+    loss = loss_fn(twin, (batch[0].double(), batch[1].double()))
+    if not math.isfinite(loss.item()):
+        return math.nan
     gradient = torch.autograd.grad(loss, params, create_graph=True)
     root = preconditioner(optimizer, [g.detach() for g in gradient]).rsqrt()
+    size = torch.cat([g.detach().flatten() for g in gradient]).abs()
+    root[size < least * size.max()] = 0.0
     (group,) = optimizer.param_groups
     return float(group["lr"] * top_eigenvalue(gradient, params, 1e-8, root) / edge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -39,21 +40,35 @@ def within_factor(measured: float, expected: float, factor: float) -> bool:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Median and range."""
+    """Median and range; nothing of nothing."""
+    if not values:
+        return ""
     middle = form.format(statistics.median(values))
     return middle if len(values) == 1 else f"{middle} [{form.format(min(values))}, {form.format(max(values))}]"
 
 
 def percent(values: Sequence[float | None]) -> str | None:
-    known = [value for value in values if value is not None]
-    return f"{100 * max(known):.1g} %" if known else None
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return f"{float(f'{100 * max(known):.1g}'):g} %" if known else None
+
+
+def survivors(runs: Sequence[Row]) -> tuple[list[Row], str]:
+    """The runs that did not diverge, and what is to be said of the others."""
+    lost = [run["diverged"] for run in runs if run.get("diverged")]
+    words = f"{len(lost)} of {len(runs)} diverged, at step {spread(lost, '{:.0f}')}" if lost else ""
+    return [run for run in runs if not run.get("diverged")], words
+
+
+def joined(*words: str) -> str:
+    return "; ".join(word for word in words if word)
 
 
 def judge_edge(name: str, runs: Sequence[Row]) -> Row:
     setting = SETTINGS[name]
-    settled, start = [run["settled"] for run in runs], [run["start"] for run in runs]
+    alive, lost = survivors(runs)
+    settled, start = [run["settled"] for run in alive], [run["start"] for run in alive]
     adam, rises = setting.start is not None, setting.edge == 2.0
-    met = all(near(r, setting.expected, 0.05) for r in settled) and (not rises or max(start) < 1)
+    met = not lost and all(near(r, setting.expected, 0.05) for r in settled) and (not rises or max(start) < 1)
     claim = "Adam: preconditioned sharpness at 38/η" if adam else f"{name.split(' ')[0].rstrip(',')}: "
     claim += "" if adam else "sharpness rises to 2/η and stays" if rises else "the edge is 1.357/η"
     return {
@@ -61,9 +76,11 @@ def judge_edge(name: str, runs: Sequence[Row]) -> Row:
         "source": "Cohen 2022" if adam else "Cohen 2021",
         "setting": name,
         "expected": f"median r {setting.expected:.3f}",
-        "measured": spread(settled, "{:.3f}") + (f", r at first {spread(start, '{:.2f}')}" if rises else ""),
+        "measured": joined(
+            spread(settled, "{:.3f}") + (f", r at first {spread(start, '{:.2f}')}" if rises else ""), lost
+        ),
         "tolerance": "±0.05" + (", first r < 1" if rises else ""),
-        "oracle": percent([run["oracle error"] for run in runs]),
+        "oracle": percent([run["oracle error"] for run in alive]),
         "reproduced": met,
     }
 
@@ -71,9 +88,10 @@ def judge_edge(name: str, runs: Sequence[Row]) -> Row:
 def judge_start(name: str, runs: Sequence[Row]) -> list[Row]:
     setting = SETTINGS[name]
     assert setting.start is not None and setting.back is not None
-    start = [setting.edge * run["start"] for run in runs]
-    steps = [run["back"] for run in runs if run["back"] is not None]
-    words = "not over it at first" if all(run["start"] <= 1 for run in runs) else "not back"
+    alive, lost = survivors(runs)
+    start = [setting.edge * run["start"] for run in alive]
+    steps = [run["back"] for run in alive if run["back"] is not None]
+    words = "not over it at first" if all(run["start"] <= 1 for run in alive) else "not back"
     if steps:
         words = f"{len(steps)} of {len(runs)} back, at step {spread(steps, '{:.0f}')}"
     common = {"source": "Kalra 2024", "setting": name}
@@ -82,16 +100,16 @@ def judge_start(name: str, runs: Sequence[Row]) -> list[Row]:
         | {
             "claim": "Adam starts far over the edge",
             "expected": f"ηλ at step 1 {setting.start:g}",
-            "measured": spread(start, "{:.1f}"),
+            "measured": joined(spread(start, "{:.1f}"), lost),
             "tolerance": "a factor of 3",
-            "oracle": percent([run["oracle error"] for run in runs]),
-            "reproduced": all(within_factor(s, setting.start, 3) and s > setting.edge for s in start),
+            "oracle": percent([run["oracle error"] for run in alive]),
+            "reproduced": not lost and all(within_factor(s, setting.start, 3) and s > setting.edge for s in start),
         },
         common
         | {
             "claim": "… and returns to it",
             "expected": f"at 38 by step {setting.back}",
-            "measured": words,
+            "measured": joined(words, lost),
             "tolerance": f"by step {2 * setting.back}",
             "reproduced": len(steps) == len(runs) and max(steps) <= 2 * setting.back,
         },
@@ -116,18 +134,21 @@ def judge_bias(found: Row) -> Row:
 
 
 def judge_targets(name: str, below: Sequence[Row], on: Sequence[Row]) -> Row:
-    ratios = [a["loss"] / b["loss"] for a, b in zip(on, below, strict=True)]
-    both = [[run["ratio"] for run in runs] for runs in (below, on)]
-    held = all(within_factor(r, target, HELD) for target, rs in zip(TARGETS, both, strict=True) for r in rs)
+    _, lost = survivors([*below, *on])
+    both = [(a, b) for a, b in zip(on, below, strict=True) if not survivors([a, b])[1]]
+    ratios = [a["loss"] / b["loss"] for a, b in both]
+    kept = [[b["ratio"] for _, b in both], [a["ratio"] for a, _ in both]]
+    held = all(within_factor(r, target, HELD) for target, rs in zip(TARGETS, kept, strict=True) for r in rs)
+    words = f"r held {' and '.join(f'{statistics.median(r):.2f}' for r in kept)}" if both else ""
     return {
         "claim": "on the edge beats below the edge",
         "source": "CDAT",
         "setting": f"{name}, target 1 against .5",
         "expected": "loss ratio < 1",
-        "measured": f"{spread(ratios, '{:.2g}')}; r held {' and '.join(f'{statistics.median(r):.2f}' for r in both)}",
+        "measured": joined(spread(ratios, "{:.2g}"), words, lost),
         "tolerance": f"every seed, targets held within {HELD - 1:.0%}",
-        "oracle": percent([run["oracle error"] for run in (*below, *on)]),
-        "reproduced": held and all(ratio < 1 for ratio in ratios),
+        "oracle": percent([run.get("oracle error") for run in (*below, *on)]),
+        "reproduced": not lost and held and all(ratio < 1 for ratio in ratios),
     }
 
 
