@@ -187,8 +187,7 @@ class AdaptiveWarmup(OptimizerProxy):
         warming, lasting = self.phase == "warmup", persistence(self.param_groups)
         now = self._signals.read(loss, params, warming and self.cadence.asks_slope(), evaluations)
         guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
-        cost, held = self.meter.expected_cost, self.controller.at_target(rate)
-        due = self.cadence.due(now.loss, now.norm, cost, guarding, now.evaluations, held)  # or ""
+        due = self.cadence.due(now.loss, now.norm, self.meter.expected_cost, guarding, now.evaluations)  # or ""
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
         reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
         self.sources.nonfinite.make(now.finite)

@@ -111,14 +111,6 @@ def test_a_fall_counts_half_in_log_and_as_two_decades_at_most(reading: float) ->
     assert controller.state.forecast == 500.0
 
 
-def test_whether_the_last_reading_holds_the_scale() -> None:
-    controller = Controller(0.5)
-    assert not controller.at_target(1.0), "nothing was read"
-    controller.update(1.0, Reading(5.0))
-    assert controller.at_target(controller.target / (controller.state.scale * 5.0))
-    assert not controller.at_target(0.9 * controller.target / (controller.state.scale * 5.0))
-
-
 def test_the_schedule_scales_the_forecast() -> None:
     """Between probes the ratio follows the scheduled rate: a decaying schedule frees the scale."""
     controller = Controller(0.5)

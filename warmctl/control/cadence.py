@@ -2,10 +2,10 @@
 
 Probes are as far apart as the run is old: a gap is half of its age near `target`, and twice that age ten times below.
 In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its own running
-average. What may be spent is a token bucket: a burst for the start, then a few tokens per hundred steps, the last of
-them kept for events, and for when the reading that holds the rate has grown old. How far a step moves the
-representations is looked at more often, for it costs less than one gradient, and the end slope is read more often
-still. Nothing here reads a clock: the same run probes at the same steps.
+average. What may be spent is a token bucket: a burst for the start, then a token per hundred steps. The clock waits
+until they buy a probe; an event does not, and leaves a debt. How far a step moves the representations is looked at more
+often, for it costs less than one gradient, and the end slope is read more often still. Nothing here reads a clock: the
+same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ SHOCK, AFTERMATH = 2.0, 5.0
 are looked at then. At the shock itself its own gradient would be what is seen."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, PROBES, RESERVE = 8.0, 4.0, 2.0
-"""Tokens at the start, beside the first probe; probes that they are to buy, however dear; and the part of later tokens
-that is left to events, and to new readings where the last one holds the rate."""
+BURST, PROBES = 6.0, 3.0
+"""Tokens at the start, beside the first probe, and probes that they are to buy, however dear."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP = 8, 0.5
 """First steps at each of which the representations are looked at, and steps between later looks over the age of the
-run: so few that they need no budget."""
+run: so few that they need no budget. In those steps all changes fast, and no event is worth a debt."""
 NEVER = 1e300
 """A step that no run reaches."""
 SLOPE_GAP = 1.0 / 32.0
@@ -64,8 +63,8 @@ class Cadence:
 
     Args:
         every: steps between probes, or "auto".
-        budget: gradient evaluations for probes per gradient evaluation of training, beyond a burst of 8, or of 4
-            probes if they are dearer.
+        budget: gradient evaluations for probes per gradient evaluation of training, beyond a burst of 6, or of 3
+            probes if they are dearer, and one probe of debt.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.01) -> None:
@@ -76,9 +75,7 @@ class Cadence:
         """As at the start, with a burst of its own: what was thawed or added has never been measured."""
         self.state = CadenceState(tokens=max(self.state.tokens, BURST))
 
-    def due(
-        self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0, held: bool = False
-    ) -> str:
+    def due(self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> str:
         """Why to probe at this step, or "". Call it once a step.
 
         Args:
@@ -86,7 +83,6 @@ class Cadence:
             cost: what a probe is expected to cost, in gradient evaluations.
             guarding: whether warmup has ended and the rate is no higher than then.
             gradients: evaluations that went into this step; more than one with gradient accumulation.
-            held: whether the last reading is what holds the rate.
         """
         s = self.state
         s.age += 1
@@ -98,10 +94,9 @@ class Cadence:
             return "first"
         if self.every != "auto":
             return "every" if since >= int(self.every) else ""
-        if event and s.tokens >= cost:
+        if event and s.tokens >= (cost if s.age <= LOOKS else 0.0):
             return event
-        reserve = 0.0 if held or s.age <= BURST else RESERVE
-        due = since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost + reserve
+        due = since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost
         return "clock" if due else ""
 
     @property

@@ -55,8 +55,6 @@ LARGEST_FALL = 0.01
 """A reading of r counts as no less than this part of the forecast."""
 SURPRISE, SURPRISE_FAR, NEAR = 2.0, 4.0, 0.1
 """A norm so many times its average shortens the step: where the ratio is so near target, and where farther off."""
-AT_TARGET = 0.97
-"""Part of the scale at target from which on r is what holds it."""
 SHORTEST, RECOVERY = 0.1, 1.4
 """Least shortening, and the way back a step."""
 PATIENT_STEPS = 1000
@@ -179,10 +177,6 @@ class Controller:
     def rising(self, rate: float) -> bool:
         """Whether the rate that would be applied is above any that warmup has seen."""
         return self.ending.is_high(self.state.scale * rate)
-
-    def at_target(self, rate: float) -> bool:
-        """Whether the last reading of r is what holds the scale."""
-        return self.state.scale >= AT_TARGET * self._carried(rate)
 
     def update(
         self,
