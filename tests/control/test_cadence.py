@@ -119,18 +119,33 @@ def test_after_warmup_shocks_alone_are_looked_at() -> None:
     [
         (1.0, 3.0, 20, "clock"),
         (1.0, 2.9, 20, ""),
+        (1.8, 3.0, 20, "gradient norm"),
+        (1.8, 2.9, 20, ""),
         (5.0, 0.1, 20, "gradient norm"),
         (5.0, -0.1, 20, ""),
         (5.0, 0.1, LOOKS, ""),
         (5.0, 3.0, LOOKS, "gradient norm"),
     ],
 )
-def test_an_event_is_probed_on_credit_and_the_clock_is_not(norm: float, tokens: float, step: int, due: str) -> None:
+def test_a_shock_alone_is_probed_on_credit(norm: float, tokens: float, step: int, due: str) -> None:
     """A probe that could not be paid at a convolutional net's shock, a hundred steps after the burst, cost the run."""
     cadence = Cadence(budget=1e-9)
     run(cadence, step - 1, norm=1.0)
     cadence.state.last_probe, cadence.state.gap, cadence.state.tokens = 1.0, 2.0, tokens
     assert cadence.due(1.0, norm, 3.0, False) == due
+
+
+def test_small_events_leave_enough_for_a_shock() -> None:
+    """In a long run after warmup, where what noise makes would take every token as it is earned."""
+    cadence, draw, reasons = Cadence(), random.Random(0), []
+    for step in range(1, 20_001):
+        norm = 5.0 if step % 2000 == 0 else math.exp(0.15 * draw.gauss(0, 1))
+        reason = cadence.due(1.0, norm, 3.0, guarding=step > 100)
+        if reason:
+            cadence.probed(3.0, 1.0)
+        if step % 2000 == 0:
+            reasons.append(reason)
+    assert reasons == ["gradient norm"] * 10
 
 
 def test_ordinary_noise_is_no_event() -> None:

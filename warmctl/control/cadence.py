@@ -2,10 +2,10 @@
 
 Probes are as far apart as the run is old: a gap is half of its age near `target`, and twice that age ten times below.
 In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its own running
-average. What may be spent is a token bucket: a burst for the start, then a token per hundred steps. The clock waits
-until they buy a probe; an event does not, and leaves a debt. How far a step moves the representations is looked at more
-often, for it costs less than one gradient, and the end slope is read more often still. Nothing here reads a clock: the
-same run probes at the same steps.
+average. What may be spent is a token bucket: a burst for the start, then a token per hundred steps. The clock
+and small events wait until they buy a probe; a shock does not, and may leave a debt. How far a step moves the
+representations is looked at more often, for it costs less than one gradient, and the end slope is read more often
+still. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP = 8, 0.5
 """First steps at each of which the representations are looked at, and steps between later looks over the age of the
-run: so few that they need no budget. In those steps all changes fast, and no event is worth a debt."""
+run: so few that they need no budget. In those steps all changes fast, and no shock is worth a debt."""
 NEVER = 1e300
 """A step that no run reaches."""
 SLOPE_GAP = 1.0 / 32.0
@@ -64,7 +64,7 @@ class Cadence:
     Args:
         every: steps between probes, or "auto".
         budget: gradient evaluations for probes per gradient evaluation of training, beyond a burst of 6, or of 3
-            probes if they are dearer, and one probe of debt.
+            probes if they are dearer, and a debt of one.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.01) -> None:
@@ -94,7 +94,8 @@ class Cadence:
             return "first"
         if self.every != "auto":
             return "every" if since >= int(self.every) else ""
-        if event and s.tokens >= (cost if s.age <= LOOKS else 0.0):
+        shock = s.surprise > SHOCK and s.age > LOOKS
+        if event and s.tokens >= (0.0 if shock else cost):
             return event
         due = since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost
         return "clock" if due else ""
