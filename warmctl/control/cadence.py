@@ -2,10 +2,10 @@
 
 Probes are as far apart as the run is old: a gap is half of its age near `target`, and twice that age ten times below.
 In between, an event calls for one before the step is made: a gradient norm or a loss that stands out of its own running
-average. What may be spent is a token bucket: a burst for the start, then a token per hundred steps. The clock
-and small events wait until they buy a probe; a shock does not, and may leave a debt. How far a step moves the
-representations is looked at more often, for it costs less than one gradient, and the end slope is read more often
-still. Nothing here reads a clock: the same run probes at the same steps.
+average. What may be spent is a token bucket, filled by the age of the run too: half a probe each time that it has grown
+e-fold, beside a token per hundred steps. The clock and small events wait until that buys a probe; a shock does not, and
+may leave a debt. How far a step moves the representations is looked at more often, for it costs less than one gradient,
+and the end slope is read more often still. Nothing here reads a clock: the same run probes at the same steps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ SHOCK, AFTERMATH = 2.0, 5.0
 are looked at then. At the shock itself its own gradient would be what is seen."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
-BURST, PROBES = 6.0, 3.0
-"""Tokens at the start, beside the first probe, and probes that they are to buy, however dear."""
+START, EARNED, SAVED = 3.0, 0.5, 3.0
+"""Tokens at the start beside the first probe, or one more probe if that is dearer; probes that are earned beside the
+budget while the run grows e times as old; and the most that is saved up, in probes."""
 LARGEST_LOG = 750.0
 """No float has a logarithm of a larger size."""
 LOOKS, LOOK_GAP = 8, 0.5
@@ -45,7 +46,7 @@ GUARD_SHARE, GUARD_GAP = 0.4, 10.0
 class CadenceState(FloatState):
     """All that the cadence remembers."""
 
-    tokens: float = saved(BURST, Allowed())
+    tokens: float = saved(START, Allowed())
     age: float = saved(0.0, COUNT)
     last_probe: float = saved(-1.0, Allowed(-1.0, COUNT.high, whole=True))
     gap: float = saved(1.0, Allowed(1.0, GAP_MOST))
@@ -63,8 +64,8 @@ class Cadence:
 
     Args:
         every: steps between probes, or "auto".
-        budget: gradient evaluations for probes per gradient evaluation of training, beyond a burst of 6, or of 3
-            probes if they are dearer, and a debt of one.
+        budget: gradient evaluations for probes per gradient evaluation of training, beyond two probes, half a one
+            each time that the run has grown e times as old, and a debt of one.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.01) -> None:
@@ -72,8 +73,8 @@ class Cadence:
         self.state = CadenceState()
 
     def restart(self) -> None:
-        """As at the start, with a burst of its own: what was thawed or added has never been measured."""
-        self.state = CadenceState(tokens=max(self.state.tokens, BURST))
+        """As at the start, with tokens of its own: what was thawed or added has never been measured."""
+        self.state = CadenceState(tokens=max(self.state.tokens, START))
 
     def due(self, loss: float, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> str:
         """Why to probe at this step, or "". Call it once a step.
@@ -86,8 +87,8 @@ class Cadence:
         """
         s = self.state
         s.age += 1
-        earned = self.budget * gradients * (GUARD_SHARE if guarding else 1.0)
-        s.tokens = min(s.tokens + earned, max(BURST, PROBES * cost))
+        earned = self.budget * gradients * (GUARD_SHARE if guarding else 1.0) + EARNED * cost / s.age
+        s.tokens = min(s.tokens + earned, max(START, SAVED * cost))
         event = self._event(loss, norm)
         since = s.age - s.last_probe
         if s.last_probe < 0:
@@ -147,7 +148,7 @@ class Cadence:
         s = self.state
         s.tokens -= 0.0 if s.last_probe < 0 else cost
         if s.last_probe == 1.0:  # the second shows what those after the first cost
-            s.tokens += max(PROBES * cost - BURST, 0.0)
+            s.tokens += max(cost - START, 0.0)
         s.last_probe = s.age
         far = 0.0 if math.isnan(closeness) else min(max(-math.log10(max(closeness, 1e-9)), 0.0), 1.0)
         s.gap = min(max((GAP_NEAR + (GAP_FAR - GAP_NEAR) * far) * s.age, 1.0), GAP_MOST)
