@@ -70,9 +70,9 @@ class AdaptiveWarmup(OptimizerProxy):
         skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
         seed: of the random component of a warm start, where the solver takes one.
 
-    Cost: `budget` on average after an opening burst, and in warmup a forward pass each time that the layers' outputs
-    are looked at, without a closure two. Memory: two parameter-sized vectors in warmup, one after it, `probe_steps` + 3
-    in a probe.
+    Cost: two probes at the start, half a probe each time that the run has grown e-fold in age, `budget` besides, and in
+    warmup a forward pass each time that the layers' outputs are looked at, without a closure two. Memory: two
+    parameter-sized vectors in warmup, one after it, `probe_steps` + 3 in a probe.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
