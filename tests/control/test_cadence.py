@@ -9,7 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from warmctl.control.cadence import EARNED, GAP_MOST, LOOKS, SAVED, START, Cadence
+from warmctl.control.cadence import EARNED, GAP_MOST, LOOKS, START, Cadence
 
 
 def run(
