@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warmctl import AdaptiveWarmup
-from warmctl.control.cadence import Cadence
+from warmctl.control.cadence import EARNED, START, Cadence
 from warmctl.control.controller import FASTEST, Controller, Decision, Reading
 from warmctl.control.gauges import CHANGE, SlopeGauge
 from warmctl.distributed import inner_product
@@ -50,6 +50,18 @@ class NoShortening(Cadence):
     @property
     def surprise(self) -> float:
         return 1.0
+
+
+class AtOnce(Cadence):
+    """Three times the tokens at the start, and none for the age of the run."""
+
+    def __init__(self, *options: Any, **more: Any) -> None:
+        super().__init__(*options, **more)
+        self.state.tokens = 3.0 * START
+
+    def due(self, loss: float, norm: float, cost: float, *more: Any, **others: Any) -> str:
+        self.state.tokens -= EARNED * cost / (self.state.age + 1.0)
+        return super().due(loss, norm, cost, *more, **others)
 
 
 class NoStability(Controller):

@@ -117,6 +117,7 @@ VARIANTS = {
     "every 20": Variant("cadence", {"every": 20}, quick=True),
     "every 5": Variant("cadence", {"every": 5}),
     "every step": Variant("cadence", {"every": 1}),
+    "probes in a burst": Variant("cadence", parts={"cadence": decisions.AtOnce}),
     "no events": Variant("cadence", parts={"cadence": decisions.NoEvents}, quick=True),
     "events probe the next batch": Variant("cadence", parts={"cadence": decisions.LateProbes}),
     "events do not shorten": Variant("cadence", parts={"cadence": decisions.NoShortening}, quick=True),

@@ -177,6 +177,17 @@ def test_events(part: type[Cadence], at_once: bool, later: bool, shortens: bool)
     assert bool(cadence.due(1.0, 50.0, 2.0, False)) == later
 
 
+@pytest.mark.parametrize(("part", "early", "late"), [(Cadence, 3, 2), (decisions.AtOnce, 3, 0)])
+def test_probes_in_a_burst(part: type[Cadence], early: int, late: int) -> None:
+    """Of those after the first, by step 30 and from then to step 2000."""
+    cadence, made = part("auto", 0.0), []
+    for step in range(2000):
+        if cadence.due(1.0, 1.0, 3.0, False):
+            cadence.probed(3.0, 0.1)
+            made.append(step)
+    assert [sum(1 <= s <= 30 for s in made), sum(s > 30 for s in made)] == [early, late]
+
+
 def test_cap_holds_the_rate_where_the_default_holds_the_scale() -> None:
     applied = {}
     for name in ("absolute cap", DEFAULT):
