@@ -61,7 +61,8 @@ class AdaptiveWarmup(OptimizerProxy):
         target: the stability ratio to stay below, in (0, 1.5].
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
         every: steps between probes of the ratio, or "auto": events and a budget decide.
-        budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`.
+        budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`, beside those
+            that the age of the run earns.
         hvp, estimator, probe_steps: how the ratio is measured, see `HessianOperator`; and products a probe.
         after: when warmup has ended, "guard" goes on with sparse probes, which can cut the scale and let it come back
             to what it was then; "hold" keeps it, "release" returns to the schedule.

@@ -31,8 +31,8 @@ def report(rows: Iterable[Row], name: str, settings: Row, only_report: bool = Fa
             print_gaps(group, lines)
         summary[f"{group.recipe}, {group.steps} updates"] = summarised(group, lines)
     stem = f"{name}{'-quick' if settings.get('quick') else ''}"
-    lines_of_rates = [group for group in groups if len(group.multiples) > 1]
-    draw(lines_of_rates or groups, results.RESULTS / f"{stem}.png")
+    over_rates = [group for group in groups if len(group.multiples) > 1]
+    draw(over_rates or groups, results.RESULTS / f"{stem}.png")
     draw_curves(groups, results.RESULTS / f"{stem}-curves.png")
     Results(name, settings, fresh=True, only_report=only_report).finish(summary)
     console.print(f"summary and figures: {results.RESULTS}/{stem}.*, {stem}-curves.png")

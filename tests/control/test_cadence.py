@@ -129,7 +129,7 @@ def test_after_warmup_shocks_alone_are_looked_at() -> None:
     ],
 )
 def test_a_shock_alone_is_probed_on_credit(norm: float, tokens: float, step: int, due: str) -> None:
-    """A probe that could not be paid at a convolutional net's shock, a hundred steps after the burst, cost the run."""
+    """In the first steps, where all changes fast, it is not; nor is a second one before the first is earned."""
     cadence = Cadence(budget=1e-9)
     run(cadence, step - 1, norm=1.0)
     cadence.state.last_probe, cadence.state.gap, cadence.state.tokens = 1.0, 2.0, tokens
@@ -171,13 +171,14 @@ def test_bad_signals_leave_the_averages_alone(bad: float) -> None:
 def test_state_round_trip() -> None:
     one = Cadence()
     run(one, 100)
+    one.state.tokens = -2.0  # in debt
     two = Cadence()
     two.state.load_state_values(one.state.state_values())
     assert run(one, 100) == run(two, 100)
 
 
 @pytest.mark.parametrize("saved_up", [0.0, 3.0, 24.0])
-def test_restart_probes_at_once_and_has_a_fresh_burst(saved_up: float) -> None:
+def test_restart_probes_at_once_and_has_tokens_of_its_own(saved_up: float) -> None:
     """Less than was saved up for a dear probe it never is."""
     cadence = Cadence()
     run(cadence, 300)
@@ -187,7 +188,7 @@ def test_restart_probes_at_once_and_has_a_fresh_burst(saved_up: float) -> None:
     assert cadence.due(1.0, 1.0, 2.0, False) == "first"
 
 
-def test_a_probe_dearer_than_the_burst_is_saved_up_for() -> None:
+def test_a_probe_dearer_than_the_tokens_of_the_start_is_saved_up_for() -> None:
     cadence, probes = Cadence(), 0
     for _ in range(2000):
         if cadence.due(1.0, 1.0, 24.0, False):
@@ -198,7 +199,7 @@ def test_a_probe_dearer_than_the_burst_is_saved_up_for() -> None:
 
 @pytest.mark.parametrize("cost", [2.0, 3.0, 24.0])
 def test_probes_are_as_far_apart_as_the_run_is_old_whatever_they_cost(cost: float) -> None:
-    """Half a probe an e-fold. In nine steps a burst was spent, and a reading of then held nanoGPT for three hundred."""
+    """Half a probe an e-fold: a reading of the first steps must not hold the rate for hundreds."""
     cadence, probes = Cadence(budget=0.0), []
     for step in range(1, 20_001):
         if cadence.due(1.0, 1.0, cost, False):

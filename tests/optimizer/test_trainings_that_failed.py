@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +97,7 @@ def test_adam_on_one_batch_does_not_fall_to_the_floor() -> None:
     bare, wrapped, opt = both(three(), lambda p: Adam(p, 3e-2), noisy_labels, 300)
     assert max(opt.history["stability_ratio"][100:]) > 0.7
     assert wrapped < bare + 0.05
-    assert statistics.median(opt.history["scale"][100:]) > 0.5  # a shock shortens single steps
+    assert min(opt.history["scale"][100:]) > 0.3
 
 
 def test_rprop_whose_rate_counts_at_its_first_step_only() -> None:
