@@ -9,7 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from warmctl.control.cadence import EARNED, GAP_MOST, LOOKS, START, Cadence
+from warmctl.control.cadence import EARNED, GAP_MOST, LOOKS, SAVED, START, Cadence
 
 
 def run(
@@ -195,6 +195,14 @@ def test_a_probe_dearer_than_the_tokens_of_the_start_is_saved_up_for() -> None:
             cadence.probed(24.0, 1.0)
             probes += 1
     assert probes > 1
+
+
+@pytest.mark.parametrize("cost, most", [(0.5, START), (3.0, SAVED * 3.0)])
+def test_no_more_than_three_probes_are_saved_up(cost: float, most: float) -> None:
+    cadence = Cadence(budget=1.0)
+    run(cadence, 1, cost)
+    cadence.state.gap = math.inf
+    assert run(cadence, 100, cost) == [] and cadence.state.tokens == most
 
 
 @pytest.mark.parametrize("cost", [2.0, 3.0, 24.0])
