@@ -68,7 +68,7 @@ class OptimizerProxy(Optimizer):
     @property
     def has_gradient(self) -> bool:
         """Whether a trainable parameter has one now."""
-        return any(p.grad is not None for p in self.trainable)
+        return any(p.grad is not None for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none=set_to_none)

@@ -62,6 +62,14 @@ def squares(a: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def square_norm(a: Sequence[Tensor]) -> float:
+    """Σᵢ aᵢ·aᵢ of tensors on the host, where reading a number costs less than arithmetic on small tensors."""
+    if any(dtype.itemsize < 4 for dtype in {x.dtype for x in a}):
+        return float(products(a, a).sum())
+    return sum(norm * norm for norm in map(float, torch._foreach_norm(list(a))))
+
+
+@torch.no_grad()
 def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """aᵢ·bᵢ, `wide` of shape (len(a),)."""
     return gathered([_dot(x, y) for x, y in zip(a, b, strict=True)])

@@ -78,7 +78,15 @@ class NoChange(Controller):
         return math.inf
 
 
-class SetPoint(Controller):
+class NoFall(Controller):
+    """The scale does not fall where the next gradients undo the last steps."""
+
+    @property
+    def _undone(self) -> bool:
+        return False
+
+
+class SetPoint(NoFall):
     """RRC is not only a limit: the scale goes up to what it and r allow, whatever e says."""
 
     def _growth(self, rate: float, persistence: float) -> float:
@@ -151,7 +159,7 @@ class Aged(Controller):
         return min(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
 
 
-class AgedAnyway(Controller):
+class AgedAnyway(NoFall):
     """The scale grows as the run ages, at least, up to what r and RRC allow, whatever e says."""
 
     def _growth(self, rate: float, persistence: float) -> float:
@@ -160,7 +168,7 @@ class AgedAnyway(Controller):
         return max(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
 
 
-class Planned(Controller):
+class Planned(NoFall):
     """Knows how many updates there will be: the scale grows at least so that it is 1 after a fifth of them, as by rule
     of thumb, up to what r and RRC allow, whatever e says; and warmup does not end before.
 

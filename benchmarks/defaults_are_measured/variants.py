@@ -102,6 +102,7 @@ VARIANTS = {
     "a scale by layer, of its output's RRC": scales(by_layer.LayerChange),
     "e never asked": Variant("law", parts={"slope": decisions.Unasked}, quick=True),
     "e always agrees": Variant("law", parts={"slope": decisions.Agrees}, quick=True),
+    "no fall where e is surely against": law(decisions.NoFall),
     "growth with age at most": law(decisions.Aged),
     "growth with age at least": law(decisions.AgedAnyway),
     "growth by a known horizon at least": law(decisions.Planned),

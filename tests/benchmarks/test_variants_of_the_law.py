@@ -169,6 +169,10 @@ def test_the_step_is_made_at_the_layers_rates(variant: str) -> None:
 # -- a known horizon ------------------------------------------------------------------------------------------------
 
 
+OWN = 0.1 * (10 / 9) ** 0.5
+"""What the law makes of a scale of 0.1 there."""
+
+
 def planned(variant: str, updates: int | None, scale: float = 0.1, age: float = 9.0) -> Any:
     """A law that e holds, so old and so far."""
     model = nn.Linear(2, 2)
@@ -183,7 +187,7 @@ def planned(variant: str, updates: int | None, scale: float = 0.1, age: float = 
 
 @pytest.mark.parametrize(
     ("variant", "updates", "scale"),
-    [(DEFAULT, 400, 0.1), (HORIZON, None, 0.1), (HORIZON, 400, 10 / 80), (HORIZON, 4000, 0.1), (HORIZON, 100, 0.2)],
+    [(DEFAULT, 400, OWN), (HORIZON, None, OWN), (HORIZON, 400, 10 / 80), (HORIZON, 4000, OWN), (HORIZON, 100, 0.2)],
 )
 def test_a_fifth_of_the_horizon_is_a_linear_warmup(variant: str, updates: int | None, scale: float) -> None:
     assert planned(variant, updates).update(1.0).scale == pytest.approx(scale)

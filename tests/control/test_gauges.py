@@ -14,17 +14,20 @@ from warmctl.control.controller import (
     REPRESENTATION,
     RISING,
     SLOPE,
+    UNDONE,
     Controller,
     Reading,
 )
 from warmctl.control.gauges import CHANGE, LIFT
 
 
-def warmed(change: float = 0.2, slope: float = math.nan, steps: int = 12, scale: float = 0.01) -> Controller:
-    """After some steps at this scale, with an RRC of `change` and an end slope."""
+def warmed(
+    change: float = 0.2, slope: float = math.nan, steps: int = 12, scale: float = 0.01, spread: float = 0.0
+) -> Controller:
+    """After some steps at this scale, with an RRC of `change` and an end slope, which swings by `spread`."""
     controller = Controller(0.5)
-    for _ in range(steps):
-        controller.update(1.0, Reading(0.001), slope)
+    for step in range(steps):
+        controller.update(1.0, Reading(0.001), slope + spread * (-1.0) ** step)
         controller.state.scale = controller.state.highest_scale = controller.state.measured_scale = scale
         controller.changed(change, scale)
     return controller
@@ -39,11 +42,10 @@ def test_the_first_step_changes_the_weights_by_a_little() -> None:
     assert Controller(0.5).update(1.0, Reading(0.01, relative_update=0.5)).scale == pytest.approx(FIRST / 0.5)
 
 
-@pytest.mark.parametrize("slope, factor", [(0.2, math.exp(0.6)), (0.01, math.exp(0.6)), (-0.3, 1.0)])
-def test_the_scale_grows_while_the_next_gradients_agree(slope: float, factor: float) -> None:
+@pytest.mark.parametrize("slope, power", [(0.2, 4.0), (0.01, 4.0), (-0.3, 0.5)])
+def test_the_scale_grows_while_the_next_gradients_agree(slope: float, power: float) -> None:
     """Whatever the size of e: what counts is how surely it is positive."""
-    controller = warmed(0.2, slope)
-    assert growth(controller, slope) == pytest.approx(min(factor, (13 / 12) ** 4.0))
+    assert growth(warmed(0.2, slope), slope) == pytest.approx(min(math.exp(0.6), (13 / 12) ** power))
 
 
 def test_steps_that_hardly_move_the_network_double_whatever_the_slope() -> None:
@@ -51,15 +53,42 @@ def test_steps_that_hardly_move_the_network_double_whatever_the_slope() -> None:
     assert growth(warmed(0.004, -0.5, steps=60)) == pytest.approx((61 / 60) ** 4.0)
 
 
-@pytest.mark.parametrize("change, slope, power", [(0.2, -0.02, 0.5), (0.2, -0.3, 0.0), (0.45, -0.02, 0.0)])
+@pytest.mark.parametrize("change, power", [(0.2, 0.5), (0.45, 0.0)])
 def test_once_the_slope_has_turned_the_scale_grows_with_the_root_of_the_age_at_most(
-    change: float, slope: float, power: float
+    change: float, power: float
 ) -> None:
-    assert growth(warmed(change, slope, steps=40), slope) == pytest.approx((41 / 40) ** power)
+    assert growth(warmed(change, -0.02, steps=40, spread=0.06), -0.02) == pytest.approx((41 / 40) ** power)
+
+
+@pytest.mark.parametrize("slope", [-0.02, -0.3])
+@pytest.mark.parametrize("change", [0.2, 0.45])
+def test_where_the_next_gradients_surely_undo_the_steps_the_scale_falls_as_one_over_the_age(
+    change: float, slope: float
+) -> None:
+    controller = warmed(change, slope, steps=40)
+    before = controller.state.scale
+    decision = controller.update(1.0, None, slope)
+    assert decision.scale == pytest.approx(before * 40 / 41) and decision.reason == UNDONE
+    for _ in range(60):
+        decision = controller.update(1.0, None, slope)
+    assert decision.scale == pytest.approx(before * 40 / 101)
+    for _ in range(60):  # no quick way back
+        after = controller.update(1.0, None, 0.05 * (-1.0) ** controller.state.age)
+        assert after.scale <= decision.scale * 1.1
+        decision = after
+
+
+def test_after_the_slope_has_turned_growth_is_bounded_by_the_square_of_the_age() -> None:
+    controller = warmed(0.2, -0.02, steps=40, spread=0.06)
+    for _ in range(8):
+        before = controller.state.scale
+        controller.update(1.0, None, 0.5)
+    age = controller.state.age
+    assert controller.state.scale / before == pytest.approx((age / (age - 1)) ** 2.0)
 
 
 def test_a_slope_that_has_turned_is_remembered_where_steps_are_short_again() -> None:
-    controller = warmed(0.2, -0.02, steps=40)
+    controller = warmed(0.2, -0.02, steps=40, spread=0.06)
     controller.changed(1e-5, controller.state.scale)
     controller.changed(1e-5, controller.state.scale)
     assert controller.change.of(controller.state.scale) < 0.13
@@ -126,7 +155,8 @@ def test_what_holds_the_rate_is_said() -> None:
     held.update(1.0, Reading(5.0))
     assert held.update(1.0, Reading(5.0)).reason == RATIO
     assert warmed(0.2, 0.3).update(1.0, None, 0.3).reason == RISING
-    assert warmed(0.2, -0.3).update(1.0, None, -0.3).reason == SLOPE
+    assert warmed(0.45, -0.3).update(1.0, None, -0.3).reason == SLOPE
+    assert warmed(0.45, -0.3, steps=40).update(1.0, None, -0.3).reason == UNDONE
     assert warmed(0.2, 0.3, scale=1.0).update(1.0).reason == ""
 
 
@@ -135,7 +165,7 @@ def test_the_end_names_what_held_the_rate(fall: float) -> None:
     """A schedule that falls faster than the rate may rise is no limit of the landscape."""
     controller, rate = Controller(0.5), 1.0
     while controller.phase == "warmup":
-        decision = controller.update(rate, Reading(1e-4 * rate), -0.02)
+        decision = controller.update(rate, Reading(1e-4 * rate), -0.045 - 0.06 * (-1.0) ** controller.state.age)
         controller.changed(0.2 * rate * decision.scale / 0.01, rate * decision.scale)
         rate *= fall if decision.scale > 0.011 else 1.0
     cause = "the schedule falls faster" if fall < 1.0 else REPRESENTATION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor
 from torch.optim import SGD
 
@@ -152,3 +153,20 @@ def test_when_warmup_is_done_the_closure_is_the_base_optimizers_affair() -> None
 
     opt.step(returns_nothing)
     assert any((a != weights[name]).any() for name, a in model.state_dict().items())
+
+
+@pytest.mark.parametrize("after", ["guard", "hold"])
+def test_a_closure_is_one_evaluation_however_many_passes_it_makes(after: str) -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(sgd(model), model, after=after, max_warmup=2)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        losses = [loss_fn(model, batch_of(part)) / 3 for part in range(3)]
+        for loss in losses:
+            loss.backward()
+        return torch.stack(losses).sum().detach()
+
+    for _ in range(5):
+        opt.step(closure)
+    assert opt.phase != "warmup" and opt.counts.gradients == 5

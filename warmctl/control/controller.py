@@ -11,8 +11,8 @@ Three gauges say what a rate may be. `reference.py` is the law alone.
   lasts: under momentum steps add up, without it most of a step is noise of its batch that the next ones undo.
 * e, whether there is reason to go faster: the slope of the next batch at the end of the last steps. While it surely
   agrees with them the scale grows by a factor a step, and RRC may be larger; once it has turned, the scale grows with
-  the root of the run's age at most, and only while neither gauge is near its limit. Where a step hardly moves the
-  network e is noise, and is not asked.
+  the root of the run's age at most, and only while neither gauge is near its limit; where it is surely against them,
+  for they go to and fro, the scale falls. Where a step hardly moves the network e is noise, and is not asked.
 
 No evidence, no growth: at most by a factor beyond the scale of the last reading of r or RRC. What a cut has taken comes
 back sooner than what was never reached. A gradient norm far above its average shortens the step.
@@ -37,14 +37,13 @@ UNMEASURED = 1e-2
 FIRST = 0.002
 """Relative change of the weights by the first step: what the network does with it is not known yet."""
 ASKED, CALM = 0.13, 0.35
-"""RRC times persistence from which on e is asked; and up to which the scale grows with age when e has turned, unless
-it is below…"""
-TURNED = -0.1
-"""…this."""
+"""RRC times persistence from which on e is asked; and up to which the scale grows with age when e has turned."""
+AGAINST = -0.7
+"""Certainty of e below which the scale falls, as one over the age."""
 FASTEST, EAGER = 2.0, 0.6
 """Most growth a step; and its log at full significance of e."""
-AGED = 4.0
-"""Power of the age that growth does not exceed."""
+AGED, TURNED = 4.0, 2.0
+"""Power of the age that growth does not exceed; and once e has turned, for what it says is of some age."""
 RETURN, OPPOSED = 1.1, -0.5
 """Growth a step back to the highest scale so far, unless the significance of e is below this."""
 EVIDENCE = 4.0
@@ -63,11 +62,12 @@ RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
 PHASES = ("warmup", "guard", "done")
-NOTHING, RATIO, REPRESENTATION, SLOPE, RISING, ENDED, UNKNOWN = HOLDERS = (
+NOTHING, RATIO, REPRESENTATION, SLOPE, UNDONE, RISING, ENDED, UNKNOWN = HOLDERS = (
     "",
     "the stability ratio is at target",
     "a step may not move the representations further",
     "the next gradients do not agree that steps should be longer",
+    "the next gradients undo the last steps",
     "the rate is rising",
     "held where warmup ended",
     "nothing has been measured yet",
@@ -136,6 +136,11 @@ class ControllerState(FloatState):
     age: float = saved(0.0, COUNT)
     readings: float = saved(0.0, COUNT)
     settled: float = saved(math.inf, Allowed(FLOOR, math.inf))
+
+    @property
+    def aged(self) -> float:
+        """By how much the run has aged with this step."""
+        return self.age / max(self.age - 1.0, 1.0)
 
 
 class Controller:
@@ -261,7 +266,7 @@ class Controller:
         carried, bearable = self._carried(rate), self._bearable(rate, persistence)
         if self.phase != "warmup":
             bearable = min(s.settled, bearable)
-        limit, before = min(1.0, carried, bearable), s.scale
+        limit, before, undone = min(1.0, carried, bearable), s.scale, False
         overshoot = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
         first = reading is not None and s.readings == 1 and not self.change.known and self.phase == "warmup"
         if first and reading is not None:
@@ -270,6 +275,9 @@ class Controller:
             s.scale = max(carried, FLOOR)
         elif EXCESS * bearable < s.scale:
             s.scale = max(CUT * s.scale, bearable, FLOOR)
+        elif self._undone:
+            s.scale, undone = max(s.scale / s.aged, FLOOR), True
+            s.highest_scale = s.scale
         elif limit > s.scale:
             s.scale = max(s.scale, min(limit, s.scale * self._growth(rate, persistence), EVIDENCE * s.measured_scale))
         s.measured_scale = s.scale if reading is not None else s.measured_scale
@@ -279,18 +287,25 @@ class Controller:
         holder = (
             RATIO if carried < bearable else REPRESENTATION if self.phase == "warmup" or bearable < s.settled else ENDED
         )
+        if undone:
+            return UNDONE
         if s.scale < before:
             return f"cut from scale {before:.3g} to {s.scale:.3g}: {holder}"
         if s.scale >= 1.0:
             return NOTHING
         return holder if s.scale >= limit else RISING if s.scale > before else SLOPE
 
+    @property
+    def _undone(self) -> bool:
+        """Whether the next gradients surely undo the last steps."""
+        return self.phase == "warmup" and self.state.crossed > 0.0 and self.slope.certainty < AGAINST
+
     def _growth(self, rate: float, persistence: float) -> float:
         """The factor that the scale may grow by at this step."""
         s, slope = self.state, self.slope
         if self.phase != "warmup":
             return RETURN
-        aged = s.age / max(s.age - 1.0, 1.0)
+        aged = s.aged
         change = self.change.of(s.scale * rate) * persistence
         if change >= ASKED and s.age > 3 and slope.mean < 0.0:
             s.crossed = 1.0
@@ -298,9 +313,9 @@ class Controller:
             growth = FASTEST
         else:
             growth = min(FASTEST, math.exp(EAGER * max(0.0, slope.significance)))
-            if change < CALM and slope.mean > TURNED:
+            if change < CALM:
                 growth = max(growth, aged if slope.mean >= 0.0 else math.sqrt(aged))
-        growth = min(growth, float(aged**AGED))
+        growth = min(growth, float(aged ** (TURNED if s.crossed else AGED)))
         return max(growth, RETURN) if s.scale < s.highest_scale and slope.significance > OPPOSED else growth
 
     def _end(self, rate: float, reason: str) -> Decision:

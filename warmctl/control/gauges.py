@@ -11,9 +11,11 @@ from warmctl.state import COUNT, Allowed, FloatState, saved
 CHANGE = 0.5
 """Relative change of representations that a step may make without momentum, and divided by the persistence of steps
 with it: .115 at .9, where healthy training makes .04 to .15, whatever the network, optimizer or rate."""
-LIFT, SURE, LIFT_AGE = 0.4, 0.5, 15.0
-"""Most that is added while the slope is surely positive, as steps are alike then with or without momentum; the
-significance from which on it is, and the readings after which that is believed."""
+LIFT, SURE = 0.4, 0.5
+"""Most that is added while the slope is surely positive, as steps are alike then with or without momentum; and from
+which certainty on it is."""
+BELIEVED = 15.0
+"""Readings after which the significance of the slope is certainty."""
 LARGEST_FALL = 1e-3
 """A new change per rate counts as no less than this part of the old one."""
 NEWEST = 0.1
@@ -64,10 +66,14 @@ class SlopeGauge(FloatState):
         """Mean over root mean square, in [−1, 1]: whatever the size of e in an optimizer's geometry."""
         return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
 
+    @property
+    def certainty(self) -> float:
+        """The significance, in so far as there are readings enough to believe it."""
+        return self.significance * (1.0 - math.exp(-self.readings / BELIEVED))
+
     def allowed_change(self, persistence: float) -> float:
         """RRC that a step may have: the more, the surer the next gradients agree with the last steps.
 
         Args: persistence: of steps, see `warmctl.momentum`; at least 1.
         """
-        sure = self.significance * (1.0 - math.exp(-self.readings / LIFT_AGE))
-        return CHANGE / persistence + LIFT * max(0.0, sure - SURE) / (1.0 - SURE)
+        return CHANGE / persistence + LIFT * max(0.0, self.certainty - SURE) / (1.0 - SURE)

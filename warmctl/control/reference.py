@@ -74,9 +74,12 @@ class ReferenceLaw:
     def significance(self) -> float:
         return self.mean / math.sqrt(self.square) if self.square > 0.0 else 0.0
 
+    def certainty(self) -> float:
+        return self.significance() * (1.0 - math.exp(-self.slopes / 15.0))
+
     def move(self, rate: float, reading: Reading | None, persistence: float) -> None:
-        sure = self.significance() * (1.0 - math.exp(-self.slopes / 15.0))
-        cap = 0.5 / persistence + 0.4 * max(0.0, sure - 0.5) / 0.5
+        aged = self.age / max(self.age - 1, 1)
+        cap = 0.5 / persistence + 0.4 * max(0.0, self.certainty() - 0.5) / 0.5
         bearable = cap / max(self.change * rate, 1e-30)
         bearable = bearable if self.phase == "warmup" else min(bearable, self.scale_settled)
         carried = self.carried(rate)
@@ -87,6 +90,8 @@ class ReferenceLaw:
             self.scale = max(carried, 1e-5)
         elif 1.3 * bearable < self.scale:
             self.scale = max(0.8 * self.scale, bearable, 1e-5)
+        elif self.phase == "warmup" and self.turned and self.certainty() < -0.7:
+            self.scale = self.high_scale = max(self.scale / aged, 1e-5)
         elif ceiling > self.scale:
             self.scale = max(
                 self.scale, min(ceiling, self.scale * self.growth(rate, persistence), 4.0 * self.scale_measured)
@@ -104,9 +109,9 @@ class ReferenceLaw:
         growth = 2.0
         if not self.change or change >= 0.13 or self.turned:
             growth = min(2.0, math.exp(0.6 * max(0.0, self.significance())))
-            if change < 0.35 and self.mean > -0.1:
+            if change < 0.35:
                 growth = max(growth, aged if self.mean >= 0.0 else math.sqrt(aged))
-        growth = min(growth, float(aged**4.0))
+        growth = min(growth, float(aged ** (2.0 if self.turned else 4.0)))
         returning = self.scale < self.high_scale and self.significance() > -0.5
         return max(growth, 1.1) if returning else growth
 

@@ -105,7 +105,7 @@ class Sources:
     @property
     def evaluations(self) -> int:
         """Gradient evaluations that went into this step: more than one where micro-batches are accumulated."""
-        return 1 if self.closure.run is not None else max(self.watch.passes, self.graph.passes, 1)
+        return 1 if self.in_closure else max(self.watch.passes, self.graph.passes, 1)
 
     @property
     def loss(self) -> Tensor | None:
@@ -134,10 +134,14 @@ class Sources:
             first, called = not called, True
             if first and backward_on_graph is not None:
                 return self._watched(closure, decide, backward_on_graph, listening)
-            with torch.enable_grad():
-                loss = closure()
-            if first:
-                decide(loss.detach() if isinstance(loss, Tensor) else None)
+            self.in_closure = True
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+                if first:
+                    decide(loss.detach() if isinstance(loss, Tensor) else None)
+            finally:
+                self.in_closure = False
             return loss
 
         return evaluate

@@ -12,7 +12,7 @@ from torch import Tensor
 from warmctl import distributed
 from warmctl.stability.end_slope import EndSlope
 from warmctl.state import ANYTHING, COUNT, FLAG, LARGEST_COUNT, Allowed, check
-from warmctl.vectors import local, squares
+from warmctl.vectors import local, square_norm, squares
 
 UNKNOWN = (*(math.nan,) * 4, 1.0, 1.0)
 
@@ -74,11 +74,13 @@ class StepSignals:
     def _read(
         self, loss: Tensor | None, params: list[Tensor], slope: tuple[Tensor, Tensor] | None, evaluations: float
     ) -> Signals:
-        square = _square(params)
         counted = [evaluations, float(loss is not None)]
-        if square.device.type == "cpu" and distributed.world_size() == 1:
+        held, gradients = _gradients(params)
+        if loss_is_free(params):
             sums = (math.nan, math.nan) if slope is None else map(float, slope)
-            return _signals([float(loss) if loss is not None else math.nan, float(square), *sums, *counted])
+            known = math.nan if loss is None else float(loss)
+            return _signals([known, square_norm(gradients), *sums, *counted])
+        square = distributed.sum_over_shards(held, squares(gradients))
         unknown = torch.full_like(square, math.nan)
         value = unknown if loss is None else loss.to(square).reshape(())
         sent = [value, square, *(part.to(square) for part in slope or (unknown, unknown))]
@@ -134,11 +136,15 @@ class StepSignals:
         return {**self.__dict__, "_sent": torch.tensor(self.delayed, dtype=torch.float64), "_arrived": None}
 
 
-def _square(params: Sequence[Tensor]) -> Tensor:
-    """Of the norm of the gradient, over shards as by `sum_over_shards`."""
+def loss_is_free(params: Sequence[Tensor]) -> bool:
+    """Whether the loss can be read without waiting, and without asking other ranks for theirs."""
+    return params[0].device.type == "cpu" and distributed.world_size() == 1
+
+
+def _gradients(params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, and this process's parts of these."""
     held = [(p, local(p.grad)) for p in params if p.grad is not None]
-    dense = [g if g.layout == torch.strided else g.coalesce().values() for _, g in held]
-    return distributed.sum_over_shards([p for p, _ in held], squares(dense))
+    return [p for p, _ in held], [g if g.layout == torch.strided else g.coalesce().values() for _, g in held]
 
 
 def _signals(values: Sequence[float]) -> Signals:
