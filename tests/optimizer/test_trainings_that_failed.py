@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, Rprop
 
+from benchmarks.tasks.runs import Job, measure
 from tests.stability.outputs import LoRA
 from warmctl import AdaptiveWarmup
 
@@ -129,3 +130,10 @@ def test_a_post_norm_transformer_at_ten_times_its_best_rate_learns_to_add() -> N
     bare, wrapped, _ = both(PostNorm(), lambda p: AdamW(p, 0.1), sums, 250)
     assert bare > 2.5  # chance: 2.83
     assert wrapped < 0.1
+
+
+@pytest.mark.parametrize("run", range(6))
+def test_a_factorisation_at_ten_times_its_best_rate_does_not_diverge(run: int) -> None:
+    """Neither r nor RRC saw it: two of these runs were lost before the scale fell where e is surely below 0."""
+    row = measure(Job(seed=13, rate=5, policy="warmctl", steps=400, run=run))
+    assert row["updates"] == 400 and row["loss"] < 0.05 * row["start"]
