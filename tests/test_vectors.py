@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from warmctl.vectors import dot, gathered, significant, squares
+from warmctl.vectors import dot, gathered, random_like, significant, square_norm, squares
 
 
 def test_nothing_is_significant_in_a_gradient_of_zeros() -> None:
@@ -26,3 +28,14 @@ def test_inner_products_of_half_precision_are_summed_in_more(dtype: torch.dtype)
     a = torch.full((3000,), 10.0, dtype=dtype)
     assert dot([a], [a + 0]) == 300_000.0  # more than float16 can hold, finer than bfloat16
     assert dot([a], [a.double()]) == 300_000.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_square_norm_on_the_host_is_that_of_squares(dtype: torch.dtype) -> None:
+    a = [t.to(dtype) for t in random_like([torch.empty(300), torch.empty(7, 5), torch.empty(())], seed=0)]
+    assert square_norm(a) == pytest.approx(float(squares(a).sum()), rel=1e-12)
+
+
+def test_the_square_norm_of_what_is_too_large_or_not_finite() -> None:
+    assert square_norm([torch.tensor([1e200], dtype=torch.float64)]) == math.inf
+    assert math.isnan(square_norm([torch.tensor([math.nan])]))
