@@ -53,7 +53,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
     A controller scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the
     coming update (edge of stability at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes
-    the layers' outputs by a bounded part, and it grows while the next gradients agree. Warmup ends by itself.
+    the layers' outputs by a bounded part, and it grows while the next gradients agree and falls where they surely undo
+    the last steps. Warmup ends by itself.
 
     Args:
         optimizer: any but LBFGS, or several in a list. Without an update rule its own updates are measured along.
