@@ -1,6 +1,6 @@
 """Arithmetic on parameter-shaped vectors: lists of tensors, one entry per parameter, any dtypes and devices.
 
-Nothing here keeps a graph, and only `dot` waits for the device (it returns a Python float).
+Nothing here keeps a graph, and only `dot` and `square_norm` wait for the device (they return a Python float).
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ Three gauges say what a rate may be. `reference.py` is the law alone.
   lasts: under momentum steps add up, without it most of a step is noise of its batch that the next ones undo.
 * e, whether there is reason to go faster: the slope of the next batch at the end of the last steps. While it surely
   agrees with them the scale grows by a factor a step, and RRC may be larger; once it has turned, the scale grows with
-  the root of the run's age at most, and only while neither gauge is near its limit; where it is surely against them,
-  for they go to and fro, the scale falls. Where a step hardly moves the network e is noise, and is not asked.
+  the age of the run, its root while e is below 0, and only while RRC is not near its limit; where e is surely against
+  them, for they go to and fro, the scale falls. As long as steps hardly move the network e is noise, and is not asked.
 
 No evidence, no growth: at most by a factor beyond the scale of the last reading of r or RRC. What a cut has taken comes
 back sooner than what was never reached. A gradient norm far above its average shortens the step.
 
-An end: warmup is over when the rate has reached no new high for long, and is not on its way back from a cut. The scale
-is kept then, so that the user's decay keeps its shape. Guard still cuts it by r, and lets it come back to there.
+An end: warmup is over when the rate has reached no new high for long, and is not on its way back from a cut or a fall.
+The scale is kept then, so that the user's decay keeps its shape. Guard cuts it by r still, and lets it come back.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ FIRST = 0.002
 ASKED, CALM = 0.13, 0.35
 """RRC times persistence from which on e is asked; and up to which the scale grows with age when e has turned."""
 AGAINST = -0.7
-"""Certainty of e below which the scale falls, as one over the age."""
+"""Certainty of e below which the scale falls, as one over the age, once e has turned."""
 FASTEST, EAGER = 2.0, 0.6
 """Most growth a step; and its log at full significance of e."""
 AGED, TURNED = 4.0, 2.0
-"""Power of the age that growth does not exceed; and once e has turned, for what it says is of some age."""
+"""Power of the age that growth does not exceed; and once e has turned: it is an average over a third of the run."""
 RETURN, OPPOSED = 1.1, -0.5
 """Growth a step back to the highest scale so far, unless the significance of e is below this."""
 EVIDENCE = 4.0
@@ -139,7 +139,7 @@ class ControllerState(FloatState):
 
     @property
     def aged(self) -> float:
-        """By how much the run has aged with this step."""
+        """The age over that of the step before."""
         return self.age / max(self.age - 1.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""When warmup is over: the rate has reached no new high for long, and is not on its way back from a cut."""
+"""When warmup is over: the rate has reached no new high for long, and is not on its way back from a cut or a fall."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SETTLED_AGE, SETTLED_STEPS, SETTLED_BELOW = 1.5, 20, 100
 """The run is so many times as old as at its highest rate, and so many steps older; more of them below the full rate,
 for no way leads up again."""
 HIGHER, RECOVERED, PATIENCE, PATIENCE_STEPS = 1.1, 0.9, 4.0, 200
-"""A new high is so much higher; the end waits for a scale cut since then to come back this far, up to so many times the
-age, or steps."""
+"""A new high is so much higher; the end waits for a scale that is lower since then to come back this far, up to so many
+times the age, or steps."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ LIFT, SURE = 0.4, 0.5
 """Most that is added while the slope is surely positive, as steps are alike then with or without momentum; and from
 which certainty on it is."""
 BELIEVED = 15.0
-"""Readings after which the significance of the slope is certainty."""
+"""Readings after which the significance of the slope counts as certainty by two thirds."""
 LARGEST_FALL = 1e-3
 """A new change per rate counts as no less than this part of the old one."""
 NEWEST = 0.1
