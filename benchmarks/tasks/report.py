@@ -225,7 +225,7 @@ def show(rows: Iterable[Row], policy: str) -> None:
     table("Regret on fresh runs against the picked schedule", list(_fresh(rows, policies)), _FRESH_COLUMNS)
     _show_ranks(tasks, policies)
     lines = [{"policy": p, **dict(zip(("evaluations", "seconds"), price(tasks, p), strict=True))} for p in policies]
-    table("Price, as a share of training's", lines, {"policy": "{}", "evaluations": "{:.3f}", "seconds": "{:+.2f}"})
+    table("Price, as a share of training's", lines, {"policy": "{}", "evaluations": "{:.4f}", "seconds": "{:+.2f}"})
 
 
 _RATE_COLUMNS = {
