@@ -61,7 +61,7 @@ class AdaptiveWarmup(OptimizerProxy):
         model: the module whose parameters the optimizer holds; its buffers and modes are put back after probes.
         target: the stability ratio to stay below, in (0, 1.5].
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
-        every: steps between probes of the ratio, or "auto": events and a budget decide.
+        every: steps between probes of the ratio, or "auto": the age of the run, shocks and a budget decide.
         budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`, beside those
             that the age of the run earns.
         hvp, estimator, probe_steps: how the ratio is measured, see `HessianOperator`; and products a probe.
@@ -72,9 +72,9 @@ class AdaptiveWarmup(OptimizerProxy):
         skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
         seed: of the random component of a warm start, where the solver takes one.
 
-    Cost: two probes at the start, half a probe each time that the run has grown e-fold in age, `budget` besides, and in
-    warmup a forward pass each time that the layers' outputs are looked at, without a closure two. Memory: two
-    parameter-sized vectors in warmup, one after it, `probe_steps` + 3 in a probe.
+    Cost: two probes at the start, two fifths of one each time that the run has grown e-fold, `budget` besides, and a
+    forward pass each time that the layers' outputs are looked at, without a closure two. Memory: two parameter-sized
+    vectors in warmup, one after it, `probe_steps` + 3 in a probe.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -188,15 +188,14 @@ class AdaptiveWarmup(OptimizerProxy):
             return self._coast(rate, loss)
         warming, lasting = self.phase == "warmup", persistence(self.param_groups)
         now = self._signals.read(loss, params, warming and self.cadence.asks_slope(), evaluations)
-        guarding = not warming and not self.controller.rising(rate)  # a new high is probed as in warmup
-        due = self.cadence.due(now.loss, now.norm, self.meter.expected_cost, guarding, now.evaluations)  # or ""
+        due, guarding = self._due(rate), self._guarding(rate)
+        self.cadence.step(now.norm, self.meter.expected_cost, guarding, now.evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
         reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
         self.sources.nonfinite.make(now.finite)
         decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, lasting)
         if self.phase != before:
             self._signals.rest()
-            self.cadence.rest()
             log.info("step %d: %s", int(self.counts.steps), decision.reason)
         if found is not None:
             self.cadence.probed(found.cost, decision.closeness)
@@ -205,6 +204,14 @@ class AdaptiveWarmup(OptimizerProxy):
         self._rates.scale(self.param_groups, self._followers.decided(decision.scale, self.phase, found is not None))
         ratio = self._followers.ratio(decision.ratio, decision.scale)
         self._made = Made(decision.reason, None if loss is None else now.loss, found is not None, ratio)
+
+    def _guarding(self, rate: float) -> bool:
+        """Whether probes may be sparse: a rate above any of warmup's is probed as in warmup."""
+        return self.phase != "warmup" and not self.controller.rising(rate)
+
+    def _due(self, rate: float) -> str:
+        """Why to probe at the coming step, or ""."""
+        return self.cadence.due(self.meter.expected_cost, self._guarding(rate))
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
@@ -301,10 +308,13 @@ class AdaptiveWarmup(OptimizerProxy):
 
 
 def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
-    """The closure for the wrapped optimizer."""
-    live = None if opt.phase == "done" else opt.backward_on_graph  # None: it is not watched either
-    listening = opt.meter.prober.listening(opt.phase == "warmup" and opt.cadence.looks_next)
-    return opt.sources.deciding(closure, opt._decide, live, listening)
+    """The closure for the wrapped optimizer, watched where it may have to be evaluated again."""
+    warming = opt.phase == "warmup"
+    looks = opt.cadence.looks_next(warming)
+    probes = opt.sources.live or opt._due(largest_rate(opt.param_groups)) != ""
+    watched = warming or (opt.phase == "guard" and (looks or probes))
+    listening = opt.meter.prober.listening(looks)
+    return opt.sources.deciding(closure, opt._decide, opt.backward_on_graph if watched else None, listening)
 
 
 def _row(opt: AdaptiveWarmup, made: Made) -> StepRow:

@@ -22,34 +22,28 @@ PLANNED = 0.2
 """Part of all updates after which a planned warmup reaches the schedule."""
 
 
-class NoEvents(Cadence):
-    """Probes by the clock alone, and no shorter steps."""
+class NoShocks(Cadence):
+    """A gradient norm never stands out: no step is shortened, and nothing is measured in the aftermath."""
 
-    @property
-    def surprise(self) -> float:
-        return 1.0
-
-    def _event(self, loss: float, norm: float) -> str:
-        super()._event(loss, norm)
-        return ""
-
-
-class LateProbes(Cadence):
-    """An event calls for a probe at the next step, on a batch that did not stand out itself."""
-
-    pending = ""
-
-    def _event(self, loss: float, norm: float) -> str:
-        event, self.pending = self.pending, super()._event(loss, norm)
-        return event
+    def _follow(self, norm: float) -> None:
+        super()._follow(norm)
+        self.state.surprise = 1.0
 
 
 class NoShortening(Cadence):
-    """An event calls for a probe, but does not shorten the step."""
+    """A norm that stands out does not shorten its step."""
 
     @property
     def surprise(self) -> float:
         return 1.0
+
+
+class LooksAlone(Cadence):
+    """After a shock there is a look at the representations, and no probe."""
+
+    def due(self, cost: float, guarding: bool) -> str:
+        reason = super().due(cost, guarding)
+        return "" if reason == "shock" else reason
 
 
 class AtOnce(Cadence):
@@ -59,9 +53,9 @@ class AtOnce(Cadence):
         super().__init__(*options, **more)
         self.state.tokens = 3.0 * START
 
-    def due(self, loss: float, norm: float, cost: float, *more: Any, **others: Any) -> str:
+    def step(self, norm: float, cost: float, *more: Any, **others: Any) -> None:
         self.state.tokens -= EARNED * cost / (self.state.age + 1.0)
-        return super().due(loss, norm, cost, *more, **others)
+        super().step(norm, cost, *more, **others)
 
 
 class NoStability(Controller):
@@ -154,18 +148,16 @@ class Aged(Controller):
     """The scale grows no faster than the run ages, whatever e says, and comes back no faster."""
 
     def _growth(self, rate: float, persistence: float) -> float:
-        age = self.state.age
         growth = super()._growth(rate, persistence)
-        return min(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
+        return min(growth, self.state.aged) if self.phase == "warmup" else growth
 
 
 class AgedAnyway(NoFall):
     """The scale grows as the run ages, at least, up to what r and RRC allow, whatever e says."""
 
     def _growth(self, rate: float, persistence: float) -> float:
-        age = self.state.age
         growth = super()._growth(rate, persistence)
-        return max(growth, age / max(age - 1.0, 1.0)) if self.phase == "warmup" else growth
+        return max(growth, self.state.aged) if self.phase == "warmup" else growth
 
 
 class Planned(NoFall):

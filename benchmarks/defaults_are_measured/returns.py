@@ -97,7 +97,6 @@ class Returns(AdaptiveWarmup):
         law.scale = law.measured_scale = law.highest_scale = law.settled = max(LOWER * law.scale, FLOOR)
         law.phase = 1.0
         self._signals.rest()
-        self.cadence.rest()
         warn(RETURNED.format(why=why, step=snapshot.step, scale=law.scale))
         self.returned, self.lost, self.snapshot = True, False, None
 

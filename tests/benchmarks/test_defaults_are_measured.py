@@ -158,33 +158,36 @@ def test_lag_one_probes_where_the_gradient_flips(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "at_once", "later", "shortens"),
+    ("part", "shortens", "probed", "looked_at"),
     [
         (Cadence, True, True, True),
-        (decisions.NoEvents, False, False, False),
-        (decisions.LateProbes, False, True, True),
-        (decisions.NoShortening, True, True, False),
+        (decisions.NoShocks, False, False, False),
+        (decisions.LooksAlone, True, False, True),
+        (decisions.NoShortening, False, True, True),
     ],
 )
-def test_events(part: type[Cadence], at_once: bool, later: bool, shortens: bool) -> None:
-    cadence = part()
-    for _ in range(30):
-        if cadence.due(1.0, 1.0, 2.0, False):
-            cadence.probed(2.0, 1.0)
-    cadence.state.tokens, cadence.state.gap = 20.0, math.inf
-    assert bool(cadence.due(1.0, 50.0, 2.0, False)) == at_once
-    assert (cadence.surprise > 1.0) == shortens
-    assert bool(cadence.due(1.0, 50.0, 2.0, False)) == later
+def test_shocks(part: type[Cadence], shortens: bool, probed: bool, looked_at: bool) -> None:
+    """At step 30: probed at the next, looked at five steps later."""
+    cadence, probes, looks, short = part(), [], [], []
+    for step in range(1, 41):
+        probes += [step] if cadence.due(2.0, False) == "shock" else []
+        cadence.step(50.0 if step == 30 else 1.0, 2.0, False)
+        cadence.probed(0.0, math.nan)
+        looks += [step] if cadence.look(warming=step < 20) else []
+        short += [step] if cadence.surprise > 1.0 else []
+    assert short == [30] * shortens and probes == [31] * probed and [s for s in looks if s > 20] == [35] * looked_at
 
 
-@pytest.mark.parametrize(("part", "early", "late"), [(Cadence, 3, 2), (decisions.AtOnce, 3, 0)])
+@pytest.mark.parametrize(("part", "early", "late"), [(Cadence, 2, 2), (decisions.AtOnce, 3, 0)])
 def test_probes_in_a_burst(part: type[Cadence], early: int, late: int) -> None:
     """Of those after the first, by step 30 and from then to step 2000."""
     cadence, made = part("auto", 0.0), []
     for step in range(2000):
-        if cadence.due(1.0, 1.0, 3.0, False):
-            cadence.probed(3.0, 0.1)
+        if cadence.due(3.0, False):
             made.append(step)
+        cadence.step(1.0, 3.0, False)
+        if made[-1] == step:
+            cadence.probed(3.0, 0.1)
     assert [sum(1 <= s <= 30 for s in made), sum(s > 30 for s in made)] == [early, late]
 
 
@@ -260,7 +263,7 @@ def test_without_momentum_a_step_may_change_more_by_default(variant: str, scale:
 )
 def test_what_grows_against_e(variant: str, scale: float) -> None:
     controller = law(variant)
-    controller.state.crossed = 1.0
+    controller.state.turned = 1.0
     controller.slope.mean, controller.slope.square, controller.slope.readings = -0.2, 0.04, 100.0
     assert controller.update(1.0).scale == pytest.approx(scale)
 
@@ -284,7 +287,7 @@ def test_over_layers(variant: str, found: float) -> None:
 @pytest.mark.parametrize(("variant", "scale"), [(DEFAULT, 0.11), ("no return from a cut", 0.1 * 1.1**0.5)])
 def test_a_cut_is_made_good_by_the_default(variant: str, scale: float) -> None:
     controller = law(variant)
-    controller.state.highest_scale, controller.state.crossed = 0.5, 1.0
+    controller.state.highest_scale, controller.state.turned = 0.5, 1.0
     controller.slope.mean = controller.slope.square = 0.0
     controller.slope.take(-0.2)
     controller.slope.square = 1.0  # not surely against it

@@ -180,7 +180,7 @@ def planned(variant: str, updates: int | None, scale: float = 0.1, age: float = 
     controller.update(1.0, Reading(0.1))
     controller.state.scale = controller.state.highest_scale = scale
     controller.changed(0.01 * scale, scale)
-    controller.state.age, controller.state.crossed = age, 1.0
+    controller.state.age, controller.state.turned = age, 1.0
     controller.slope.mean, controller.slope.square = -0.2, 0.04
     return controller
 

@@ -44,8 +44,10 @@ def simulate(
     for t in range(1, steps + 1):
         true = curve(t)
         norm = math.sqrt(max(true, 0.01)) if math.isfinite(true) else math.nan
-        probed = bool(cadence.due(math.nan, norm, 2.0, controller.phase != "warmup"))
-        decision = controller.update(1.0, Reading(true * noise(t)) if probed else None, 0.4)
+        guarding = controller.phase != "warmup"
+        probed = bool(cadence.due(2.0, guarding))
+        cadence.step(norm, 2.0, guarding)
+        decision = controller.update(1.0, Reading(true * noise(t)) if probed else None, 0.4, cadence.surprise)
         controller.changed(0.2 * decision.scale, decision.scale)
         if probed:
             cadence.probed(2.0, decision.closeness)
@@ -306,8 +308,8 @@ def test_a_task_that_becomes_harder_is_met_at_the_next_probe_and_warmup_still_en
     """Curvature rises a hundredfold at one step, in warmup or after it, and the gradient norm with it."""
     record = simulate(lambda t: 0.4 if t < at else 40.0, Controller(0.5), "auto", steps=3000)
     late = [d.scale * true for true, _, d in record[at - 1 :]]
-    assert late[0] <= 0.5 * (1 + 1e-9), "the step that shows it is probed itself"
-    assert max(late) <= 0.5 * (1 + 1e-9)
+    assert late[0] <= 0.2 * 40.0 * (1 + 1e-9), "the step that shows it is shortened, the next one probed"
+    assert max(late[1:]) <= 0.5 * (1 + 1e-9)
     assert record[-1][2].phase == "guard" and record[-1][2].scale == pytest.approx(0.5 / 40, rel=0.15)
 
 

@@ -106,7 +106,7 @@ def test_without_representations_the_scale_grows_with_the_age() -> None:
 
 def test_the_representation_change_is_held_and_cut_gently() -> None:
     controller = warmed(0.2)
-    controller.state.crossed = 1.0
+    controller.state.turned = 1.0
     controller.changed(200.0, controller.state.scale)  # averaged in log: 6.3
     before = controller.state.scale
     decision = controller.update(1.0)

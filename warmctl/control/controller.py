@@ -42,8 +42,8 @@ AGAINST = -0.7
 """Certainty of e below which the scale falls, as one over the age, once e has turned."""
 FASTEST, EAGER = 2.0, 0.6
 """Most growth a step; and its log at full significance of e."""
-AGED, TURNED = 4.0, 2.0
-"""Power of the age that growth does not exceed; and once e has turned: it is an average over a third of the run."""
+POWER, POWER_TURNED = 4.0, 2.0
+"""Of the age, that growth does not exceed; and once e has turned, which is an average over a third of the run."""
 RETURN, OPPOSED = 1.1, -0.5
 """Growth a step back to the highest scale so far, unless the significance of e is below this."""
 EVIDENCE = 4.0
@@ -131,7 +131,7 @@ class ControllerState(FloatState):
     tolerant: float = saved(0.0, FLAG)
     measured_scale: float = saved(0.0, Allowed(0.0, 1.0))
     highest_scale: float = saved(0.0, Allowed(0.0, 1.0))
-    crossed: float = saved(0.0, FLAG)
+    turned: float = saved(0.0, FLAG)
     shortening: float = saved(1.0, Allowed(SHORTEST, 1.0))
     age: float = saved(0.0, COUNT)
     readings: float = saved(0.0, COUNT)
@@ -266,6 +266,8 @@ class Controller:
         carried, bearable = self._carried(rate), self._bearable(rate, persistence)
         if self.phase != "warmup":
             bearable = min(s.settled, bearable)
+        elif self._turns(rate, persistence):
+            s.turned = 1.0
         limit, before, undone = min(1.0, carried, bearable), s.scale, False
         overshoot = max(1.0 / self.target, 1.0) if s.tolerant else 1.0
         first = reading is not None and s.readings == 1 and not self.change.known and self.phase == "warmup"
@@ -298,7 +300,13 @@ class Controller:
     @property
     def _undone(self) -> bool:
         """Whether the next gradients surely undo the last steps."""
-        return self.phase == "warmup" and self.state.crossed > 0.0 and self.slope.certainty < AGAINST
+        return self.phase == "warmup" and self.state.turned > 0.0 and self.slope.certainty < AGAINST
+
+    def _turns(self, rate: float, persistence: float) -> bool:
+        """Whether e is against the last steps, and these move the network enough for it to count."""
+        s = self.state
+        moves = self.change.of(s.scale * rate) * persistence >= ASKED
+        return moves and s.age > 3 and self.slope.mean < 0.0
 
     def _growth(self, rate: float, persistence: float) -> float:
         """The factor that the scale may grow by at this step."""
@@ -307,15 +315,13 @@ class Controller:
             return RETURN
         aged = s.aged
         change = self.change.of(s.scale * rate) * persistence
-        if change >= ASKED and s.age > 3 and slope.mean < 0.0:
-            s.crossed = 1.0
-        if self.change.known and change < ASKED and not s.crossed:
+        if self.change.known and change < ASKED and not s.turned:
             growth = FASTEST
         else:
             growth = min(FASTEST, math.exp(EAGER * max(0.0, slope.significance)))
             if change < CALM:
                 growth = max(growth, aged if slope.mean >= 0.0 else math.sqrt(aged))
-        growth = min(growth, float(aged ** (TURNED if s.crossed else AGED)))
+        growth = min(growth, float(aged ** (POWER_TURNED if s.turned else POWER)))
         return max(growth, RETURN) if s.scale < s.highest_scale and slope.significance > OPPOSED else growth
 
     def _end(self, rate: float, reason: str) -> Decision:
@@ -342,7 +348,8 @@ class Controller:
         if s.scale >= 1.0:
             return "full rate"
         # The scale may rise still, and the schedule fall faster.
-        return f"the scale settled at {s.scale:.3g}: {DECAY if reason == RISING else reason}"
+        settled = "fell to" if reason == UNDONE else "settled at"
+        return f"the scale {settled} {s.scale:.3g}: {DECAY if reason == RISING else reason}"
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state

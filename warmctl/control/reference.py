@@ -82,7 +82,9 @@ class ReferenceLaw:
         cap = 0.5 / persistence + 0.4 * max(0.0, self.certainty() - 0.5) / 0.5
         bearable = cap / max(self.change * rate, 1e-30)
         bearable = bearable if self.phase == "warmup" else min(bearable, self.scale_settled)
-        carried = self.carried(rate)
+        carried, moves = self.carried(rate), self.change * (self.scale * rate) * persistence >= 0.13
+        if self.phase == "warmup" and moves and self.age > 3 and self.mean < 0.0:
+            self.turned = True
         ceiling = min(1.0, carried, bearable)
         if reading is not None and self.readings == 1 and not self.change and self.phase == "warmup":
             self.scale = max(min(ceiling, 0.002 / max(reading.relative_update, 1e-30)), 1e-5)
@@ -105,7 +107,6 @@ class ReferenceLaw:
             return 1.1
         aged = self.age / max(self.age - 1, 1)
         change = self.change * (self.scale * rate) * persistence
-        self.turned = self.turned or (change >= 0.13 and self.age > 3 and self.mean < 0.0)
         growth = 2.0
         if not self.change or change >= 0.13 or self.turned:
             growth = min(2.0, math.exp(0.6 * max(0.0, self.significance())))

@@ -98,6 +98,11 @@ class Sources:
         return self.captured.forward(params, replays)
 
     @property
+    def live(self) -> bool:
+        """Whether the closure is measured on its graph, as it cannot be evaluated again."""
+        return self.verdict.repeats == NEVER or self.verdict.failures > 0
+
+    @property
     def expected(self) -> bool:
         """Whether there will be one, as far as can be told before the backward pass."""
         return self.observed.ready or self.captured.expected
@@ -153,8 +158,7 @@ class Sources:
         backward_on_graph: BackwardOnGraph,
         listening: AbstractContextManager[None],
     ) -> Any:
-        instead = self.verdict.repeats == NEVER or self.verdict.failures > 0
-        live = backward_on_graph if instead and not distributed.is_sharded(self.params) else None  # no exact product
+        live = backward_on_graph if self.live and not distributed.is_sharded(self.params) else None  # no exact product
         run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
         self.in_closure = True
         try:
