@@ -223,8 +223,8 @@ class AdaptiveWarmup(OptimizerProxy):
     def backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
         self.sources.graph.begin_pass(loss, self.has_gradient)
-        if self.phase != "done" and largest_rate(self.param_groups) > 0.0:
-            self.meter.before_backward(loss, self.trainable)
+        if self.phase != "done" and (rate := largest_rate(self.param_groups)) > 0.0:
+            self.meter.before_backward(self._due(rate), loss, self.trainable)
         backward()
 
     def _follow_parameters(self) -> None:
@@ -310,9 +310,9 @@ class AdaptiveWarmup(OptimizerProxy):
 def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
     """The closure for the wrapped optimizer, watched where it may have to be evaluated again."""
     warming = opt.phase == "warmup"
-    looks = opt.cadence.looks_next(warming)
-    probes = opt.sources.live or opt._due(largest_rate(opt.param_groups)) != ""
-    watched = warming or (opt.phase == "guard" and (looks or probes))
+    looks, watched = opt.cadence.looks_next(warming), warming
+    if opt.phase == "guard":
+        watched = looks or opt.sources.live or opt._due(largest_rate(opt.param_groups)) != ""
     listening = opt.meter.prober.listening(looks)
     return opt.sources.deciding(closure, opt._decide, opt.backward_on_graph if watched else None, listening)
 

@@ -245,6 +245,13 @@ class LagOneMeter(Meter):
     value, pairs, products, squares = math.nan, 0, 0.0, 0.0
     cadence: Cadence
 
+    @property
+    def turning(self) -> str:
+        """Why to probe at the coming step, or ""."""
+        affordable = self.cadence.state.tokens >= self.expected_cost
+        found = affordable and self.pairs >= 5 and self.products < -0.3 * self.squares
+        return "lag-1 correlation" if found else ""
+
     def read(self, due: str, params: list[Tensor], rate: float, *more: Any) -> Measurement | None:
         vector, before = self.estimator.vector, self.value
         if vector is not None:
@@ -253,9 +260,6 @@ class LagOneMeter(Meter):
         if math.isfinite(before * self.value):
             self.pairs, self.products = self.pairs + 1, self.products + before * self.value
             self.squares += (before**2 + self.value**2) / 2
-        affordable = self.cadence.state.tokens >= self.expected_cost
-        if not due and affordable and self.pairs >= 5 and self.products < -0.3 * self.squares:
-            due = "lag-1 correlation"
         found = super().read(due, params, rate, *more)
         if found is not None:
             self.value, self.pairs, self.products, self.squares = math.nan, 0, 0.0, 0.0
@@ -269,3 +273,7 @@ class LagOne(AdaptiveWarmup):
         super().__init__(optimizer, model, **options)
         meter: Any = self.meter
         meter.__class__, meter.cadence = LagOneMeter, self.cadence
+
+    def _due(self, rate: float) -> str:
+        meter: Any = self.meter
+        return super()._due(rate) or str(meter.turning)

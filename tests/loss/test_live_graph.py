@@ -49,7 +49,7 @@ def test_a_probe_on_the_live_graph_does_not_keep_it() -> None:
         opt.step()
         gc.collect()
         assert len(alive) == 0 and loss.grad_fn is not None
-    assert opt.metrics["probes"] == 2
+    assert opt.metrics["probes"] == 3
 
 
 def test_passes_of_a_skipped_step_do_not_count() -> None:

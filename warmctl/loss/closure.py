@@ -131,8 +131,7 @@ class ClosureRun:
             self._left = self.watch.marks
         has_gradient = any(p.grad is not None for p in self.params)
         check_returned(loss, has_gradient, self._left is not None or not before.hold())
-        if loss is not None:
-            self.loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        self.loss = value_of(loss)
         self.skipped = loss is None and self._left is None
         return loss
 
@@ -155,6 +154,22 @@ class ClosureRun:
         else:
             original(tensors, *args, **kwargs)
         self._left = Marks(self.params)
+
+
+def evaluated(closure: Closure, params: list[Tensor], watch: GradientWatch) -> Any:
+    """The closure's loss, where no more is asked of it than its contract. Raises as `check_returned`."""
+    before, passes = Marks(params), watch.passes
+    with torch.enable_grad():
+        loss = closure()
+    check_returned(loss, any(p.grad is not None for p in params), watch.passes > passes or not before.hold())
+    return loss
+
+
+def value_of(loss: Any) -> Tensor | None:
+    """What a closure has returned, as a tensor without a graph."""
+    if loss is None or isinstance(loss, Tensor):
+        return None if loss is None else loss.detach()
+    return torch.tensor(float(loss))
 
 
 def check_returned(loss: Any, has_gradient: bool, new_gradient: bool) -> None:

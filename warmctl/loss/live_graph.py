@@ -10,7 +10,7 @@ from warmctl.state import FLAG, LARGEST_COUNT, Allowed, check
 
 
 class LiveGraph:
-    """Counts the backward passes of a step: a probe asked for at one step is made in the last pass of the next.
+    """Counts the backward passes of a step: a probe is made in the last of them, or in that of the next step.
 
     Attributes:
         wanted: a probe was asked for.
@@ -28,12 +28,12 @@ class LiveGraph:
         self.passes, self.loss = self.passes + 1, loss.detach() / loss_scale(loss)
 
     @property
-    def due(self) -> bool:
+    def last_pass(self) -> bool:
         """Whether this pass is the one to measure in: the last, as far as the last step tells.
 
         On several ranks it is the first, which every rank comes to: one may have fewer than before.
         """
-        return self.wanted and self.passes == (1 if distributed.world_size() > 1 else self.passes_before)
+        return self.passes == (1 if distributed.world_size() > 1 else self.passes_before)
 
     def next_step(self, measured: bool) -> None:
         if measured:

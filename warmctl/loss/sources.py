@@ -7,12 +7,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from warmctl import distributed
 from warmctl.loss.captured import CapturedSource
-from warmctl.loss.closure import ClosureRun, ClosureSource
+from warmctl.loss.closure import ClosureRun, ClosureSource, evaluated, value_of
 from warmctl.loss.live_graph import LiveGraph
 from warmctl.loss.marks import GradientWatch
 from warmctl.loss.nonfinite import NonfiniteSteps
@@ -129,7 +128,7 @@ class Sources:
         Args:
             decide: called with the loss, while the batch is at hand.
             backward_on_graph: called with (loss, backward) in place of a backward pass, if the closure cannot be
-                repeated; None if nothing will be measured, and then the closure is not watched.
+                repeated; None if nothing will be measured at this step, and then the closure is not watched.
             listening: entered for that evaluation, if it is watched.
         """
         called = False
@@ -139,14 +138,13 @@ class Sources:
             first, called = not called, True
             if first and backward_on_graph is not None:
                 return self._watched(closure, decide, backward_on_graph, listening)
-            self.in_closure = True
+            marking, self.in_closure, self.watch.marking = self.watch.marking, True, False
             try:
-                with torch.enable_grad():
-                    loss = closure()
+                loss = evaluated(closure, self.params, self.watch)
                 if first:
-                    decide(loss.detach() if isinstance(loss, Tensor) else None)
+                    decide(value_of(loss))
             finally:
-                self.in_closure = False
+                self.in_closure, self.watch.marking = False, marking
             return loss
 
         return evaluate

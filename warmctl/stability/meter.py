@@ -155,10 +155,15 @@ class Meter:
         found = self._probe(params) if due else None
         return None if found is None else self._booked(found, params)
 
-    def before_backward(self, loss: Tensor, params: list[Tensor]) -> None:
-        """Measure on the graph of `loss`, if that was asked for and nothing can be evaluated again."""
-        sharded = distributed.is_sharded(params)
-        if self.sources.graph.due and self.rule is not None and not self.sources.expected and not sharded:
+    def before_backward(self, due: str, loss: Tensor, params: list[Tensor]) -> None:
+        """Measure on the graph of `loss`, if a probe is due or was asked for, and nothing can be evaluated again.
+
+        On several ranks one may be ready that another is not: they ask each other at the step, and measure at the next.
+        """
+        graph, sharded = self.sources.graph, distributed.is_sharded(params)
+        now = due != "" and distributed.world_size() == 1 and not self.sources.ready
+        alone = self.rule is not None and not self.sources.expected and not sharded
+        if alone and graph.last_pass and (graph.wanted or now):
             self._on_graph = self.prober.on_graph(loss, params, self._probe_seed())
 
     def after_update(self, scale: float, params: list[Tensor]) -> None:
