@@ -96,6 +96,22 @@ def test_a_slope_that_has_turned_is_remembered_where_steps_are_short_again() -> 
     assert growth(controller, -0.02) < 1.02
 
 
+def test_the_slope_may_turn_while_the_ratio_holds_the_scale() -> None:
+    """A constant schedule held at target leaves no room to grow: the fall must not wait for it."""
+    controller = Controller(0.5)
+    for _ in range(60):
+        decision = controller.update(1.0, Reading(50.0), -0.3)
+        controller.changed(0.2, decision.scale)
+    assert controller.state.turned == 1.0 and decision.reason == UNDONE and decision.scale < 0.009
+
+
+def test_a_warmup_that_ends_while_the_scale_falls_says_so() -> None:
+    controller = warmed(0.2, -0.3, steps=40)
+    while controller.phase == "warmup":
+        decision = controller.update(1.0, None, -0.3)
+    assert decision.reason == f"warmup ended: the scale fell to {decision.scale:.3g}: {UNDONE}"
+
+
 def test_without_representations_the_scale_grows_with_the_age() -> None:
     controller = Controller(0.5)
     for _ in range(20):
