@@ -140,8 +140,7 @@ def test_only_a_change_of_phase_is_logged(caplog: pytest.LogCaptureFixture) -> N
     assert len(said) == 1 and said[0].startswith("step 5: warmup ended")
 
 
-def test_when_warmup_is_done_the_closure_is_the_base_optimizers_affair() -> None:
-    """From the first step on: what it returns is not looked at."""
+def test_when_warmup_is_done_a_closure_is_still_held_to_its_contract() -> None:
     model = mlp()
     opt = AdaptiveWarmup(SGD(model.parameters(), lr=0.1), model, max_warmup=3, after="hold")
     train(opt, model, range(3))
@@ -151,8 +150,9 @@ def test_when_warmup_is_done_the_closure_is_the_base_optimizers_affair() -> None
     def returns_nothing() -> None:
         closure_for(opt, model, batch_of(3))()
 
-    opt.step(returns_nothing)
-    assert any((a != weights[name]).any() for name, a in model.state_dict().items())
+    with pytest.raises(TypeError, match="returned None"):
+        opt.step(returns_nothing)
+    assert all((a == weights[name]).all() for name, a in model.state_dict().items())
 
 
 @pytest.mark.parametrize("after", ["guard", "hold"])
