@@ -51,10 +51,9 @@ class Made(NamedTuple):
 class AdaptiveWarmup(OptimizerProxy):
     """Learning-rate warmup without `warmup_steps`, around any PyTorch optimizer.
 
-    A controller scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the
-    coming update (edge of stability at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes
-    the layers' outputs by a bounded part, and it grows while the next gradients agree and falls where they surely undo
-    the last steps. Warmup ends by itself.
+    Scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the coming update
+    (edge at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes the layers' outputs by a
+    bounded part, and the next gradients agree with it. Warmup ends by itself.
 
     Args:
         optimizer: any but LBFGS, or several in a list. Without an update rule its own updates are measured along.
@@ -62,19 +61,15 @@ class AdaptiveWarmup(OptimizerProxy):
         target: the stability ratio to stay below, in (0, 1.5].
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
         every: steps between probes of the ratio, or "auto": the age of the run, shocks and a budget decide.
-        budget: gradient evaluations for probes per gradient evaluation of training when `every="auto"`, beside those
-            that the age of the run earns.
-        hvp, estimator, probe_steps: how the ratio is measured, see `HessianOperator`; and products a probe.
-        after: when warmup has ended, "guard" goes on with sparse probes, which can cut the scale and let it come back
-            to what it was then; "hold" keeps it, "release" returns to the schedule.
+        budget: gradient evaluations for probes per one of training if `every="auto"`, beside what the age earns.
+        hvp, estimator, probe_steps, seed: how the ratio is measured, see `HessianOperator`; and products a probe.
+        after: warmup, "guard" probes now and then and may cut the scale; "hold" keeps it, "release" lets go of it.
         control: False only monitors: the trajectory is bitwise that of the bare optimizer.
         max_warmup: steps after which warmup ends in any case.
         skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
-        seed: of the random component of a warm start, where the solver takes one.
 
-    Cost: two probes at the start, two fifths of one each time that the run has grown e-fold, `budget` besides, and a
-    forward pass each time that the layers' outputs are looked at, without a closure two. Memory: two parameter-sized
-    vectors in warmup, one after it, `probe_steps` + 3 in a probe.
+    Cost: two probes at the start, two fifths of one an e-fold of age, `budget` besides, a forward pass a look, without
+    a closure two. Memory: two parameter-sized vectors in warmup, one after it, `probe_steps` + 3 in a probe.
 
     Raises: TypeError or ValueError for arguments that cannot work, naming the argument.
     """
@@ -126,11 +121,11 @@ class AdaptiveWarmup(OptimizerProxy):
     def metrics(self) -> dict[str, Any]:
         """The values of the latest step, plain Python scalars, as the history has them.
 
-        `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, measured at
-        probes and carried on between them; `representation_change`, `end_slope`: as last measured; `sharpness`,
-        `threshold`, `residual`: of the last probe, r₁·τ/η in the optimizer's own coordinates (for SGD with one rate and
-        no weight decay an estimate of λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so
-        far, the last in gradient evaluations per one of training; `reason`: what holds the scale below 1.
+        `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, carried on
+        between probes; `representation_change`, `end_slope`: as last measured; `sharpness`, `threshold`, `residual`:
+        of the last probe, r₁·τ/η in the optimizer's coordinates (SGD with one rate, no weight decay: about λ_max(H)),
+        τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so far, the last in gradient evaluations per
+        one of training; `reason`: what holds the scale below 1.
         """
         return {k: v for k, v in self._row._asdict().items() if k not in HISTORY_ONLY} | self._followers.latest
 
@@ -258,10 +253,9 @@ class AdaptiveWarmup(OptimizerProxy):
         self.sources.observed.observe(batch, self.trainable)
 
     def follow(self, *followers: Follower) -> AdaptiveWarmup:
-        """Have these move with the rate, and return self; with `control=False` nothing is moved.
+        """Have these move with the rate, and return self; a fresh wrapper is given the same before it loads a state.
 
-        A fresh wrapper must be given the same before it loads a state. Raises TypeError or ValueError for what cannot.
-        """
+        With `control=False` nothing is moved. Raises TypeError or ValueError for what cannot."""
         self._followers.add(followers, self.controller.applied)
         self.sources.follow(self.trainable)  # some may have been frozen
         self._saved.announce_numbers()
@@ -286,8 +280,7 @@ class AdaptiveWarmup(OptimizerProxy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
 
-        Raises: ValueError, naming the field, if the state does not fit or is not possible. All is as before then.
-        """
+        Raises: ValueError, naming the field, if the state does not fit or is not possible. All is as before then."""
         slope, estimator = self._signals.slope, self.meter.estimator
         owners = self, self.controller, self.cadence, self.meter, estimator, self.sources.watch, self._signals, slope
         with all_or_nothing(self.base, self._parts(), owners):

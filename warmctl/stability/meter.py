@@ -60,14 +60,12 @@ class Meter:
         shards, and `backward(loss)` alone    read begins, the next read measures with its gradient
 
     Args:
-        optimizer: the wrapped one, read only.
-        counts: where probes, products and their cost are booked.
+        optimizer, counts: the wrapped one, read only; where probes, products and their cost are booked.
         seed: of the random component of a warm start; a probe adds its number.
 
     Attributes:
         rule: the optimizer's update rule; None if it has none, and is measured along the updates that it makes.
-        last: what the last probe found.
-        representation_change: of the last update that was looked at; nan if it could not be seen.
+        last, representation_change: of the last probe, and of the last update that was looked at; nan if not seen.
     """
 
     def __init__(
@@ -129,9 +127,8 @@ class Meter:
         Args:
             due: why to probe now, or "".
             params: the trainable parameters, with the gradient of the step.
-            rate: the largest scheduled rate.
+            rate, scale: the largest scheduled rate; and the scale of the last step.
             each_step: a probe is wanted at every step, though the last one is not known yet.
-            scale: of the last step.
 
         Raises: RuntimeError at the first probe if there is no loss to measure on.
         """
@@ -156,10 +153,8 @@ class Meter:
         return None if found is None else self._booked(found, params)
 
     def before_backward(self, due: str, loss: Tensor, params: list[Tensor]) -> None:
-        """Measure on the graph of `loss`, if a probe is due or was asked for, and nothing can be evaluated again.
-
-        On several ranks one may be ready that another is not: they ask each other at the step, and measure at the next.
-        """
+        """Measure on the graph of `loss`, if a probe is due or was asked for, and nothing can be evaluated again."""
+        # Of several ranks one may be ready and another not: they agree at the step, and measure at the next.
         graph, sharded = self.sources.graph, distributed.is_sharded(params)
         now = due != "" and distributed.world_size() == 1 and not self.sources.ready
         alone = self.rule is not None and not self.sources.expected and not sharded
