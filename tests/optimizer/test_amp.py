@@ -176,7 +176,7 @@ def test_the_loss_scale_does_not_reach_the_live_graph(optimizer: Any, clip: bool
         return list(opt.history)
 
     scaled, bare = rows(True), rows(False)
-    assert scaled[-1]["probes"] == 2
+    assert scaled[-1]["probes"] == 4
     for found, expected in zip(scaled, bare, strict=True):
         for key in ("loss", "sharpness", "stability_ratio", "scale"):
             assert found[key] == pytest.approx(expected[key], rel=1e-3, nan_ok=True), key
