@@ -53,7 +53,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     Scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the coming update
     (edge at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes the layers' outputs by a
-    bounded part, and the next gradients agree with it. Warmup ends by itself.
+    bounded part, and the next gradients agree (where they surely undo it, it falls). Warmup ends by itself.
 
     Args:
         optimizer: any but LBFGS, or several in a list. Without an update rule its own updates are measured along.
@@ -62,8 +62,8 @@ class AdaptiveWarmup(OptimizerProxy):
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
         every: steps between probes of the ratio, or "auto": the age of the run, shocks and a budget decide.
         budget: gradient evaluations for probes per one of training if `every="auto"`, beside what the age earns.
-        hvp, estimator, probe_steps, seed: how the ratio is measured, see `HessianOperator`; and products a probe.
-        after: warmup, "guard" probes now and then and may cut the scale; "hold" keeps it, "release" lets go of it.
+        hvp, estimator, probe_steps, seed: see `HessianOperator`; the solver, its products a probe, its random part.
+        after: warmup, "guard" may cut the scale and give it back; "hold" keeps it, "release" returns to the schedule.
         control: False only monitors: the trajectory is bitwise that of the bare optimizer.
         max_warmup: steps after which warmup ends in any case.
         skip_nonfinite: leave out steps whose loss or gradient is not finite, on all ranks, as `GradScaler` does.
