@@ -96,7 +96,7 @@ class AdaptiveWarmup(OptimizerProxy):
         arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
         super().__init__(optimizer)
         self.model, self.control, self.counts = model, control, Counts()
-        self.sources = Sources(model, self.trainable, loss_fn, skip_nonfinite)
+        self.sources = Sources(model, self.trainable, self._due, loss_fn, skip_nonfinite)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
@@ -183,7 +183,7 @@ class AdaptiveWarmup(OptimizerProxy):
             return self._coast(rate, loss)
         warming, lasting = self.phase == "warmup", persistence(self.param_groups)
         now = self._signals.read(loss, params, warming and self.cadence.asks_slope(), evaluations)
-        due, guarding = self._due(rate), self._guarding(rate)
+        due, guarding = self._due(), self._guarding()
         self.cadence.step(now.norm, self.meter.expected_cost, guarding, now.evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
         reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
@@ -200,13 +200,13 @@ class AdaptiveWarmup(OptimizerProxy):
         ratio = self._followers.ratio(decision.ratio, decision.scale)
         self._made = Made(decision.reason, None if loss is None else now.loss, found is not None, ratio)
 
-    def _guarding(self, rate: float) -> bool:
+    def _guarding(self) -> bool:
         """Whether probes may be sparse: a rate above any of warmup's is probed as in warmup."""
-        return self.phase != "warmup" and not self.controller.rising(rate)
+        return self.phase != "warmup" and not self.controller.rising(largest_rate(self.param_groups))
 
-    def _due(self, rate: float) -> str:
+    def _due(self) -> str:
         """Why to probe at the coming step, or ""."""
-        return self.cadence.due(self.meter.expected_cost, self._guarding(rate))
+        return self.cadence.due(self.meter.expected_cost, self._guarding())
 
     def _coast(self, rate: float, loss: Tensor | None) -> None:
         """Warmup is done: nothing is measured, and no device is waited for."""
@@ -218,8 +218,8 @@ class AdaptiveWarmup(OptimizerProxy):
     def backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
         self.sources.graph.begin_pass(loss, self.has_gradient)
-        if self.phase != "done" and (rate := largest_rate(self.param_groups)) > 0.0:
-            self.meter.before_backward(self._due(rate), loss, self.trainable)
+        if self.phase != "done" and largest_rate(self.param_groups) > 0.0:
+            self.meter.before_backward(self._due(), loss, self.trainable)
         backward()
 
     def _follow_parameters(self) -> None:
@@ -305,7 +305,7 @@ def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
     warming = opt.phase == "warmup"
     looks, watched = opt.cadence.looks_next(warming), warming
     if opt.phase == "guard":
-        watched = looks or opt.sources.live or opt._due(largest_rate(opt.param_groups)) != ""
+        watched = looks or opt.sources.live or opt._due() != ""
     listening = opt.meter.prober.listening(looks)
     return opt.sources.deciding(closure, opt._decide, opt.backward_on_graph if watched else None, listening)
 

@@ -153,7 +153,7 @@ def test_a_compiled_model_is_measured_and_not_compiled_again(backend: str, given
 def test_the_sources_of_the_loss(source: str) -> None:
     model: nn.Module = OwnLoss(noisy_net()) if source == "captured" else noisy_net()
     params, batch, opt = trainable(model), batch_of(0), sgd(model)
-    sources = Sources(model, params, loss_fn if source == "observed" else None)
+    sources = Sources(model, params, lambda: "clock", loss_fn if source == "observed" else None)
     replays, change = Replays(model), RepresentationChange(model)
     twin = copy.deepcopy(model)
     found: list[float] = []

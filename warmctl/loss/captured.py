@@ -272,13 +272,14 @@ class CapturedSource:
         self.capture.clear()
 
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
-        """Cost: 0 where `.grad` is the gradient of one untouched pass, else 1."""
+        """Cost: 0 where the gradient of the one pass is at hand, else 1."""
         closure = self.capture.closure()
         if closure is None:
             return None
         device = params[0].device
-        untouched = distributed.everywhere(self.watch.untouched, device)
-        present = [dense_gradient(p) for p in params] if untouched else None
+        present = self.watch.gradient()
+        if self.capture.scaled or not distributed.everywhere(present is not None, device):  # this loss is not scaled
+            present = None
         replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = distributed.everywhere(len(self.capture.weights) == 1, device)
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
@@ -297,7 +298,7 @@ class CapturedSource:
             if distributed.everywhere(scaled_back, device):
                 self.capture.scaled = True
                 return self.step_loss(params, replays)
-            self._compare(step, gradient, weight, present is not None, inner)
+            self._compare(step, gradient, weight, present, inner)
             if self.verdict.repeats == NEVER:
                 return None
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
@@ -321,10 +322,12 @@ class CapturedSource:
         step: Vector,
         gradient: Vector,
         weight: float,
-        untouched: bool,
+        present: Vector | None,
         inner: Callable[[Vector, Vector], float],
     ) -> None:
         """Is the gradient of the step that of the model's own loss? A loop may add other terms, or use none of it.
+
+        Args: present: what the pass has left, before it was clipped; None if that is not known.
 
         On every rank the answer is that of the rank with the least.
         """
@@ -332,8 +335,8 @@ class CapturedSource:
         # A prediction E, trained on by f(E), has the gradient f'(E)∇E, and f'(E) is the weight.
         predicts = self.capture.bare and weight != 1.0
         alike = reach >= 0.99 * math.sqrt(size * inner(step, step))  # not so where one is nan
-        rest = add_([s.clone() for s in step], gradient, -1.0)
-        same = EXACT if untouched and inner(rest, rest) <= 1e-6 * size else CLOSE
+        rest = [] if present is None else add_([g.clone() for g in present], gradient, -1.0)
+        same = EXACT if rest and inner(rest, rest) <= 1e-6 * size else CLOSE
         found = NEVER if predicts or not alike else same
         self.verdict.repeats = -distributed.largest(-found, step[0].device)
         if self.verdict.repeats == NEVER:

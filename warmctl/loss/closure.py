@@ -19,7 +19,7 @@ from warmctl.loss.marks import GradientWatch, Marks
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Closure, NotReplayable
 from warmctl.loss.source import EXACT, NEVER, Replays, StepLoss, Verdict
-from warmctl.vectors import dense_gradient
+from warmctl.vectors import Vector, dense_gradient
 from warmctl.warning import first_line
 
 NOT_REPLAYABLE = (
@@ -56,9 +56,9 @@ class ClosureSource:
         run = self.run
         if run is None:
             return None
-        untouched = distributed.everywhere(run.untouched, params[0].device)
-        gradient = [dense_gradient(p) for p in params] if untouched else None
-        weight = run.weight
+        gradient, weight = run.gradient(), run.weight
+        if not distributed.everywhere(gradient is not None, params[0].device):
+            gradient = None
         if self.verdict.untried:
             self._check(run, gradient, params, replays)
         if self.verdict.untried or self.verdict.repeats == NEVER:
@@ -135,10 +135,12 @@ class ClosureRun:
         self.skipped = loss is None and self._left is None
         return loss
 
-    @property
-    def untouched(self) -> bool:
-        """`.grad` still holds what this evaluation left there: not accumulated, clipped or rescaled."""
-        return self._left is not None and self._left.hold() and not self._passes_before
+    def gradient(self) -> Vector | None:
+        """Of this evaluation alone, before it was clipped or rescaled; None if it is not known. Given out once."""
+        found = self.watch.gradient()
+        if self._left is None or self._passes_before:
+            return None
+        return [dense_gradient(p) for p in self.params] if self._left.hold() else found
 
     @property
     def weight(self) -> float:

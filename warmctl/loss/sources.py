@@ -42,6 +42,8 @@ The model was compiled in place, by model.compile(): a loss of its own cannot be
 class Sources:
     """All sources of one wrapper, and the watch on the gradients that they leave.
 
+    Args: due: why the coming step is to be measured, or ""; asked where a backward pass has ended.
+
     Attributes:
         verdict: whether the loss can be evaluated again; what the first probe finds holds for all later ones.
         in_closure: the user's closure is running.
@@ -51,11 +53,12 @@ class Sources:
         self,
         model: nn.Module,
         params: list[Tensor],
+        due: Callable[[], str],
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         skip_nonfinite: bool = False,
     ) -> None:
         self.verdict = Verdict()
-        self.watch = GradientWatch(params)
+        self.watch = GradientWatch(params, due)
         self.closure = ClosureSource(self.verdict)
         self.observed = ObservedSource(model, loss_fn)
         self.captured = CapturedSource(model, self.verdict, self.watch)
