@@ -1,0 +1,122 @@
+"""A loop that clips its gradient before the step: the copy from before is measured with, and costs no evaluation."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW, Optimizer
+
+from tests.helpers import OwnLoss, batch_of, own_loss
+from tests.loss.helpers import dense, exact_monitor, sharpness_of
+from warmctl import AdaptiveWarmup
+
+SOURCES = "closure", "captured"
+Clip = Callable[[nn.Module], object]
+
+
+def hard(model: nn.Module) -> object:
+    return clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def not_at_all(model: nn.Module) -> object:
+    return None
+
+
+def step(source: str, opt: Optimizer, model: nn.Module, batch: int, clip: Clip, passes: int = 1) -> None:
+    def evaluate() -> Tensor:
+        opt.zero_grad()
+        for index in range(passes):
+            loss = own_loss(model, batch_of(batch + index)) / passes
+            loss.backward()
+        clip(model)
+        return loss
+
+    if source == "closure":
+        opt.step(evaluate)  # type: ignore[arg-type]
+    else:
+        evaluate()
+        opt.step()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("hvp", ["finite_difference", "double_backward"])
+def test_what_is_measured_is_the_loss_before_clipping(source: str, hvp: str) -> None:
+    model = OwnLoss()
+    expected = [dense(model, batch_of(0), own_loss)]
+    opt = exact_monitor(model, SGD(model.parameters(), 0.1), hvp=hvp)
+    step(source, opt, model, 0, hard)
+    found = [sharpness_of(opt)]
+    expected.append(dense(model, batch_of(1), own_loss))
+    step(source, opt, model, 1, hard)  # the first was also compared with an evaluation of its own
+    assert [*found, sharpness_of(opt)] == pytest.approx(expected, rel=1e-3)
+
+
+def run(source: str, clip: Clip, steps: int = 12, copied_after: int | None = None) -> AdaptiveWarmup:
+    model = OwnLoss()
+    opt = AdaptiveWarmup(AdamW(model.parameters(), 1e-3), model, every=4)
+    for index in range(steps):
+        if index == copied_after:
+            opt, model = copy.deepcopy((opt, model))
+        if copied_after is not None and index == copied_after + 1:
+            file = io.BytesIO()
+            torch.save((opt, model), file)
+            file.seek(0)
+            opt, model = torch.load(file, weights_only=False)
+        step(source, opt, model, index, clip)
+    return opt
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("copied_after", [None, 3])
+def test_a_probe_costs_what_it_does_without_clipping(source: str, copied_after: int | None) -> None:
+    clipped, plain = run(source, hard, copied_after=copied_after), run(source, not_at_all)
+    assert clipped.metrics["probes"] == plain.metrics["probes"] == 3
+    assert clipped.metrics["overhead"] == plain.metrics["overhead"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nothing_is_copied_where_nothing_is_measured_nor_kept_after_the_step(source: str) -> None:
+    model = OwnLoss()
+    opt = AdaptiveWarmup(AdamW(model.parameters(), 1e-3), model, every=4, control=False)
+    at_hand: list[bool] = []
+
+    def clip(model: nn.Module) -> None:
+        hard(model)
+        at_hand.append(opt.sources.watch._copy is not None)
+
+    for index in range(9):
+        before = len(at_hand)
+        step(source, opt, model, index, clip)
+        del at_hand[before + 1 :]  # a probe evaluates a closure again
+        assert opt.sources.watch._copy is None
+    assert at_hand == [True, False, False, False] * 2 + [True]
+
+
+def test_what_several_passes_have_added_up_is_no_gradient_of_one() -> None:
+    """Then, as before, the gradient is evaluated anew."""
+    model = OwnLoss()
+    opt = exact_monitor(model, SGD(model.parameters(), 0.1), hvp="finite_difference")
+    for index in (0, 2):
+        expected = dense(model, batch_of(index + 1), own_loss)
+        step("captured", opt, model, index, hard, passes=2)
+        assert sharpness_of(opt) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_gradient_that_a_scaler_has_scaled_is_not_that_of_the_loss() -> None:
+    """Mixed precision is switched on in mid-run: the first probe has found nothing between the two."""
+    model = OwnLoss()
+    opt = exact_monitor(model, SGD(model.parameters(), 0.1), hvp="finite_difference")
+    for index, factor in enumerate([1.0, 2.0**16]):
+        expected = dense(model, batch_of(index), own_loss)
+        opt.zero_grad()
+        (own_loss(model, batch_of(index)) * factor).backward()
+        for p in model.parameters():
+            p.grad.div_(factor)  # type: ignore[union-attr]
+        opt.step()
+        assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
