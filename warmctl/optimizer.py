@@ -134,8 +134,7 @@ class AdaptiveWarmup(OptimizerProxy):
         return scalars(self.metrics, prefix)
 
     def __repr__(self) -> str:
-        scale = self.controller.state.scale
-        return f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={scale:.4g})"
+        return f"AdaptiveWarmup({type(self.base).__name__}, phase={self.phase!r}, scale={self._applied_scale:.4g})"
 
     @_disable_dynamo  # decides on numbers in Python; compile the wrapped optimizer's own step instead
     @torch.no_grad()
@@ -325,4 +324,5 @@ def _reading(found: Measurement | None, tolerant: bool) -> Reading | None:
     """What the controller takes in of what was measured."""
     if found is None:
         return None
-    return Reading(found.ratio, found.share, found.relative_update, tolerant, found.noisy, found.reason)
+    reason = found.reason and f"the probe failed: {found.reason}"
+    return Reading(found.ratio, found.share, found.relative_update, tolerant, found.noisy, reason)

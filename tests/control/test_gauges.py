@@ -190,6 +190,19 @@ def test_the_end_names_what_held_the_rate(fall: float) -> None:
     assert decision.reason.startswith("warmup ended") and cause in decision.reason
 
 
+@pytest.mark.parametrize("fall", [1.0, 0.9995])
+def test_an_end_while_the_rate_still_creeps_names_the_slope(fall: float) -> None:
+    """Growth with age is all that e allows; a schedule that falls more slowly than that is not to blame."""
+    controller, rate = Controller(0.5), 1.0
+    while controller.phase == "warmup":
+        before, age = controller.state.scale, controller.state.age
+        decision = controller.update(rate, Reading(1e-4 * rate), 0.01 * (-1.0) ** age - 0.0075)
+        controller.changed((14.0 if age < 20 else 1.0) * rate * decision.scale, rate * decision.scale)
+        rate *= fall
+    assert before < decision.scale < 1.0
+    assert decision.reason.startswith("warmup ended: the scale settled at") and decision.reason.endswith(SLOPE)
+
+
 def test_steps_that_persist_may_move_the_network_less() -> None:
     """Both limits on its movement are of what lasts; what a sure slope adds is not divided."""
     slope = Controller().slope

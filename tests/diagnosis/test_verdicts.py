@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.diagnosis.trained import Row, batch_of, net, saturated, spread, train
 from warmctl import AdaptiveWarmup
+from warmctl.control.controller import RATIO, REPRESENTATION, SLOPE
 from warmctl.diagnosis import Diagnosis, diagnose
 from warmctl.diagnosis.rules import VERDICTS
 
@@ -114,6 +115,15 @@ def test_a_capped_run_is_told_the_rate_that_it_had(run_of: Any) -> None:
     found = diagnose(rows)
     said = float(found.advice.split("`lr=")[1].split("`")[0])
     assert said == pytest.approx(rows[-1]["lr"], rel=0.5) and said < rows[-1]["scheduled_lr"] / 10
+
+
+@pytest.mark.parametrize("held", [RATIO, REPRESENTATION, SLOPE])
+def test_a_larger_target_is_advised_where_the_ratio_held_the_rate(run_of: Any, held: str) -> None:
+    rows = [{**row, "reason": ""} for row in run_of("capped", 0)]
+    rows[len(rows) // 2]["reason"] = f"warmup ended: the scale settled at 0.05: {held}"
+    advice = diagnose(rows).advice
+    assert ("lets the rate nearer to the edge" in advice) == (held == RATIO)
+    assert ("`target` changes nothing" in advice) == (held != RATIO)
 
 
 def test_the_same_rates_without_a_scale_are_capped_too(run_of: Any) -> None:

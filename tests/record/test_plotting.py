@@ -83,7 +83,7 @@ def words(figure: Figure, panel: int) -> list[str]:
 
 
 def test_three_panels_over_shared_steps() -> None:
-    figure = plot(run())
+    figure = plot(type("Wrapper", (), {"history": run()}))  # type: ignore[arg-type]
     assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "stability ratio", "learning rate"]
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "step"]
     assert len({axis.get_xlim() for axis in figure.axes}) == 1

@@ -208,7 +208,7 @@ class Controller:
             return self._decision(rate)
         self.slope.take(end_slope)
         if reading is not None and not reading.ok:
-            reason = f"probe failed, scale held: {reading.reason}"
+            reason = f"scale held: {reading.reason}"
         else:
             if reading is not None:
                 self._read(reading, rate)
@@ -347,9 +347,11 @@ class Controller:
             return ""
         if s.scale >= 1.0:
             return "full rate"
-        # The scale may rise still, and the schedule fall faster.
-        settled = "fell to" if reason == UNDONE else "settled at"
-        return f"the scale {settled} {s.scale:.3g}: {DECAY if reason == RISING else reason}"
+        if reason == RISING:  # too slowly for a new high
+            high = self.ending
+            fallen, older = high.highest / (high.scale * rate), s.age / high.age
+            reason = DECAY if fallen > older else SLOPE
+        return f"the scale {'fell to' if reason == UNDONE else 'settled at'} {s.scale:.3g}: {reason}"
 
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state

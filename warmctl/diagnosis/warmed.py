@@ -12,6 +12,9 @@ from warmctl.diagnosis.lost import is_slow
 from warmctl.diagnosis.rules import limit
 from warmctl.diagnosis.run import Run, middle, tail
 
+STABILITY = "the stability ratio"
+"""In the reason of an end, where that gauge held the rate."""
+
 
 def under_warmed(run: Run) -> Evidence | None:
     """A loss that rises above the start's, or gives back most of what is learnt, in warmup or soon after."""
@@ -35,7 +38,7 @@ def capped(run: Run) -> Evidence | None:
     end = tail(scale, 0.1)
     if not len(end) or end.values.max() >= limit("capped"):
         return None
-    why = [f" ({reason})" for step, reason in run.log.words("reason").items() if "warmup ended" in reason]
+    why = [f" ({reason})" for reason in _ended(run)]
     says = f"{scale.column}: {middle(end):.3g} of the scheduled rate at the end, and no more than "
     says += f"{end.values.max():.3g} from step {end.steps[0]:g} on{why[-1] if why else ''}"
     return Evidence(says, scale.column, (int(end.steps[0]), int(end.steps[-1])), (middle(end), float(end.values.max())))
@@ -44,8 +47,12 @@ def capped(run: Run) -> Evidence | None:
 def advice_for_capped(run: Run) -> str:
     share, peak = middle(tail(_scales(run), 0.1)), run.warmup.peak
     rate = f"`lr={share * peak:.2g}` (now {peak:.3g})" if math.isfinite(peak) else f"`lr` at {share:.2g} of what it is"
+    same = f"{rate} is nearly the same run"
+    why = _ended(run)
+    if why and STABILITY not in why[-1]:
+        return f"Nothing is broken, and a larger `target` changes nothing: it was not the stability ratio. {same}."
     return (
-        f"Nothing is broken: the landscape carries no more at this `target`. {rate} is the same run; "
+        f"Nothing is broken: the landscape carries no more at this `target`. {same}; "
         "a larger `target` lets the rate nearer to the edge."
     )
 
@@ -66,7 +73,9 @@ def over_warmed(run: Run) -> Evidence | None:
 
 def advice_for_over(run: Run) -> str:
     if run.warmup.controlled:
-        return "`max_warmup` ends it; a larger `target` lets the rate rise faster."
+        return (
+            "`max_warmup` ends it; a larger `target` lets the rate rise faster where `reason` is the stability ratio."
+        )
     return f"`warmup_steps={max(1, round(run.warmup.length / 3))}`: nothing in the record asks for more."
 
 
@@ -85,6 +94,11 @@ def advice_for_well(run: Run) -> str:
     if run.warmup.controlled:
         return "Keep it. `history.schedule(path)` replays this warmup in other seeds for nothing."
     return "Keep this warmup."
+
+
+def _ended(run: Run) -> list[str]:
+    """Why AdaptiveWarmup says that warmup ended, each time."""
+    return [reason for reason in run.log.words("reason").values() if "warmup ended" in reason]
 
 
 def _scales(run: Run) -> Series:

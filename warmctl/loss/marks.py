@@ -12,6 +12,14 @@ from torch import Tensor
 from warmctl import distributed
 from warmctl.loss.no_trace import measuring
 from warmctl.vectors import Vector, dense_gradient, local, owned
+from warmctl.warning import warn
+
+FORGOTTEN = 1000
+"""Backward passes without a step after which that is said: more than any accumulation."""
+NO_STEP = (
+    f"warmctl: {FORGOTTEN} backward passes, and the wrapper's step was not called. If the wrapped optimizer's own was, "
+    "nothing is warmed up: call that of the wrapper in its place"
+)
 
 
 class Marks:
@@ -90,6 +98,8 @@ class GradientWatch:
     def _accumulated(self, param: Tensor) -> None:
         if param.grad is not None and not measuring([param]):
             self.passes += 1
+            if self.passes == FORGOTTEN:
+                warn(NO_STEP)
             if self.marking:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 

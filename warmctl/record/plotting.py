@@ -64,7 +64,8 @@ def plot(
 ) -> Figure:
     """Draw one run, or several by name, in three panels or more over a shared axis of steps.
 
-    `history` is a History, a list of rows, the path of a JSONL file, or a mapping from names to any of these.
+    `history` is a History or the wrapper that has it, a list of rows, the path of a JSONL file, or a mapping from names
+    to any of these.
     Runs may lack columns: one logged by hand with "step", "loss" and "lr" only is a baseline. `axes`: three
     to draw on, from top to bottom, without gauges and vital signs. `path`: where to save the figure, its format
     by the suffix. `xscale`: "log" opens up the first steps, where warmup is short against the run.
@@ -134,6 +135,7 @@ def _load(history: Run | Mapping[str, Run]) -> list[NamedRun]:
 
 
 def _rows(source: Run) -> History:
+    source = getattr(source, "history", source)  # of the wrapper itself
     if isinstance(source, History):
         return source
     if isinstance(source, (str, os.PathLike)):

@@ -249,7 +249,7 @@ class Meter:
         ready = distributed.everywhere(self.sources.ready, params[0].device)
         if self.sources.verdict.repeats != NEVER and not ready:
             if self.sources.graph.passes:
-                raise RuntimeError(NO_RULE.format(name=type(self.estimator.optimizer).__name__))
+                raise RuntimeError(NO_RULE.format(name=_without_rule(self.estimator.optimizer)))
             return self.sources.missing(self.counts.steps, self.counts.probes)
         self._update = self.prober.before_update(params)
         self._rate = rate
@@ -264,7 +264,7 @@ class Meter:
         kind = found.reason.split(":")[0]
         if kind and kind not in self._said:
             self._said.add(kind)
-            warn(f"warmctl: a probe failed, the learning rate is held: {found.reason}")
+            warn(f"warmctl: a probe failed, the learning rate does not rise at such a step: {found.reason}")
         return found
 
     def _say_silent(self, scale: float) -> None:
@@ -301,6 +301,11 @@ class Meter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_update": None, "_before": None}
+
+
+def _without_rule(optimizer: Optimizer) -> str:
+    members: list[Optimizer] = getattr(optimizer, "members", [optimizer])
+    return " and ".join(type(member).__name__ for member in members if update_rule(member) is None)
 
 
 def _cause_of_silence(sources: Sources, probes: float) -> str:
