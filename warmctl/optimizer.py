@@ -274,7 +274,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, one eigenvector."""
-        return self._saved.state_dict(self.trainable)
+        return self._rates.unscaled(self._saved.state_dict(self.trainable), self.param_groups)  # a step hook may save
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.

@@ -54,6 +54,15 @@ class ScaledRates:
             rate.copy_(full)
         self._full = None
 
+    def unscaled(self, saved: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+        """`saved`, a state dict of these groups, with every rate as `restore` will put it back."""
+        if self._full is not None:
+            for kept, group, full, written in zip(
+                saved["param_groups"], groups, self._full, self._written, strict=False
+            ):
+                kept["lr"] = full if _is_as_written(group["lr"], *written) else kept["lr"]
+        return saved
+
     def __reduce__(self) -> Any:
         return ScaledRates, ()
 

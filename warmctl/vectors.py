@@ -33,6 +33,19 @@ def dense_gradient(param: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 
+def copied_gradients(params: Sequence[Tensor]) -> Vector | None:
+    """`dense_gradient` of each, as copies; None where there is no memory for them."""
+    try:
+        return [owned(dense_gradient(param)) for param in params]
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+
+
+def strided(gradient: Tensor) -> Tensor:
+    """A gradient itself, or the values of a sparse one."""
+    return gradient if gradient.layout == torch.strided else gradient.coalesce().values()
+
+
 def owned(tensor: Tensor) -> Tensor:
     """A copy that may be written to: derivatives can be expanded scalars, or the very vector that went in."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)

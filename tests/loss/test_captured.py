@@ -40,6 +40,28 @@ def test_evaluation_forwards_are_not_the_training_loss() -> None:
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_forward_that_raised_is_not_taken_for_the_next() -> None:
+    class Interrupted(OwnLoss):
+        fails = False
+
+        def forward(self, batch: Any) -> dict[str, Tensor]:
+            if self.fails:
+                raise KeyboardInterrupt
+            return super().forward(batch)
+
+    model = Interrupted()
+    opt = AdaptiveWarmup(SGD(model.parameters(), 0.1), model, control=False)
+    model.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        model(batch_of(0))
+    model.fails = False
+    with torch.no_grad():
+        evaluated = model(batch_of(0))["loss"]
+    model(batch_of(0))["loss"].backward()
+    opt.step()
+    assert opt.history["loss"] == [float(evaluated)]
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.25, 7.0, 2.0**16])
 @pytest.mark.parametrize("hvp", ["finite_difference", "double_backward"])
 def test_a_factor_on_the_models_loss_counts(factor: float, hvp: str) -> None:

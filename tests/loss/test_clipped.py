@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import OwnLoss, batch_of, own_loss
+from tests.helpers import Batch, OwnLoss, batch_of, mlp, own_loss
 from tests.loss.helpers import dense, exact_monitor, sharpness_of
 from warmctl import AdaptiveWarmup
 
@@ -80,22 +84,118 @@ def test_a_probe_costs_what_it_does_without_clipping(source: str, copied_after: 
     assert clipped.metrics["overhead"] == plain.metrics["overhead"]
 
 
+def copies(opt: AdaptiveWarmup) -> int:
+    """How many there are now, of this step's gradient."""
+    run = opt.sources.closure.run
+    return (opt.sources.watch.copy is not None) + (run is not None and run._copy is not None)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_nothing_is_copied_where_nothing_is_measured_nor_kept_after_the_step(source: str) -> None:
     model = OwnLoss()
     opt = AdaptiveWarmup(AdamW(model.parameters(), 1e-3), model, every=4, control=False)
-    at_hand: list[bool] = []
+    at_hand: list[int] = []
 
     def clip(model: nn.Module) -> None:
         hard(model)
-        at_hand.append(opt.sources.watch._copy is not None)
+        at_hand.append(copies(opt))
 
     for index in range(9):
         before = len(at_hand)
         step(source, opt, model, index, clip)
         del at_hand[before + 1 :]  # a probe evaluates a closure again
-        assert opt.sources.watch._copy is None
-    assert at_hand == [True, False, False, False] * 2 + [True]
+        assert copies(opt) == 0
+    assert at_hand == [1, 0, 0, 0] * 2 + [1]
+
+
+class TwoTasks(nn.Module):
+    """Two losses on one body; the smallest parameter is the bias of the first head, which the second does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 1), nn.Linear(8, 3)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.body(batch[0]))
+        first = (self.one(hidden) - batch[1][:, :1]).square().mean()
+        return first, (self.two(hidden) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("between", [hard, not_at_all])
+@pytest.mark.parametrize("clip", [hard, not_at_all])
+@pytest.mark.parametrize("joins", [0, 2])
+def test_two_passes_of_which_the_watch_sees_one(between: Clip, clip: Clip, joins: int) -> None:
+    model = TwoTasks()
+    opt = exact_monitor(model, SGD(model.parameters(), 0.1), hvp="finite_difference")
+    for index in range(4):
+
+        def closure(index: int = index) -> Tensor:
+            opt.zero_grad()
+            first, second = model.losses(batch_of(index))
+            first.backward(retain_graph=True)
+            if index >= joins:
+                between(model)
+                second.backward()
+            clip(model)
+            return first + second
+
+        def total(model: Any, batch: Batch, index: int = index) -> Tensor:
+            first, second = model.losses(batch)
+            return first + second if index >= joins else first + 0.0 * second
+
+        expected = dense(model, batch_of(index), total)
+        opt.step(closure)
+        assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.reentrant)
+        return result
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("clip", [hard, not_at_all])
+def test_reentrant_checkpoints_end_passes_of_their_own(source: str, clip: Clip) -> None:
+    def run(reentrant: bool) -> list[float]:
+        model = OwnLoss(Checkpointed(mlp(), reentrant))
+        opt = exact_monitor(model, SGD(model.parameters(), 0.1), hvp="finite_difference")
+        found = []
+        for index in range(3):
+            step(source, opt, model, index, clip)
+            found.append(sharpness_of(opt))
+        return found
+
+    assert run(True) == pytest.approx(run(False), rel=1e-4)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_without_memory_for_a_copy_training_goes_on(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("warmctl.vectors.owned", full)
+    model = OwnLoss()
+    opt = AdaptiveWarmup(AdamW(model.parameters(), 1e-3), model, every=1)
+    for index in range(3):
+        step(source, opt, model, index, hard)
+    assert opt.metrics["probes"] == 3 and opt.metrics["sharpness"] > 0.0
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_model_does_not_keep_the_wrapper_alive(source: str) -> None:
+    model = OwnLoss()
+    opt = AdaptiveWarmup(AdamW(model.parameters(), 1e-3), model)
+    step(source, opt, model, 0, hard)
+    gone = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_several_passes_have_added_up_is_no_gradient_of_one() -> None:

@@ -145,3 +145,15 @@ def test_what_is_no_bool_is_refused(value: Any) -> None:
     model = mlp()
     with pytest.raises(TypeError, match=r"skip_nonfinite must be True or False, got"):
         AdaptiveWarmup(sgd(model), model, skip_nonfinite=value)
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_sparse_gradient_is_looked_at_without_making_it_dense(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = nn.Embedding(50, 4, sparse=True)
+    opt = AdaptiveWarmup(torch.optim.SGD(table.parameters(), 0.1), table, skip_nonfinite=True)
+    before = table.weight.detach().clone()
+    table(torch.tensor([1, 1, 7])).sum().backward()
+    table.weight.grad = table.weight.grad * value  # type: ignore[operator]
+    monkeypatch.setattr(torch.Tensor, "to_dense", lambda *_: pytest.fail("it was made dense"))
+    assert opt.sources.nonfinite.look(None, list(table.parameters())) == math.isnan(value)
+    assert torch.equal(before, table.weight)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +20,6 @@ from tests.helpers import (
     train,
 )
 from warmctl import AdaptiveWarmup
-from warmctl.loss.marks import FORGOTTEN
 
 
 def test_gradients_left_from_before_the_wrapper() -> None:
@@ -173,17 +170,3 @@ def test_a_closure_is_one_evaluation_however_many_passes_it_makes(after: str) ->
     for _ in range(5):
         opt.step(closure)
     assert opt.phase != "warmup" and opt.counts.gradients == 5
-
-
-def test_a_step_that_is_never_called_is_missed() -> None:
-    """The old name was left in one line: the wrapped optimizer steps by itself, at its full rate."""
-    model = mlp()
-    opt = AdaptiveWarmup(SGD(model.parameters(), 1e-3), model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(FORGOTTEN - 1):
-            opt.zero_grad()
-            loss_fn(model, batch_of(step % 3)).backward()
-            opt.base.step()
-    with pytest.warns(RuntimeWarning, match="wrapper's step was not called"):
-        loss_fn(model, batch_of(0)).backward()

@@ -30,6 +30,16 @@ def test_rates_written_by_hand_are_scaled_inside_the_step_and_put_back() -> None
     assert opt.metrics["scale"] < 1
 
 
+@pytest.mark.parametrize("rate", [STEEP, torch.tensor(STEEP)], ids=["float", "tensor"])
+def test_a_checkpoint_of_a_step_hook_has_the_rates_of_the_schedule(rate: Any) -> None:
+    model, saved = mlp(), []
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), lr=rate), model, every=1)
+    opt.register_step_post_hook(lambda *_: saved.append([float(g["lr"]) for g in opt.state_dict()["param_groups"]]))
+    train(opt, model, range(3))
+    assert opt.metrics["scale"] < 1.0
+    assert saved == [[pytest.approx(STEEP)]] * 3
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 def test_a_tensor_rate_is_filled_in_place(optimizer_class: Any) -> None:
     model = mlp()

@@ -65,7 +65,7 @@ def test_cost_of_a_closure_one_more_at_the_first_probe() -> None:
     assert probe_costs(opt, model, lambda b: opt.step(closure_for(opt, model, b)), forwards=1) == [5, 2, 2]
 
 
-def test_cost_of_a_touched_gradient_one_more() -> None:
+def test_cost_of_a_clipped_gradient_no_more() -> None:
     model = CountedModel()
     opt = counted(model)
 
@@ -77,7 +77,7 @@ def test_cost_of_a_touched_gradient_one_more() -> None:
 
         opt.step(closure)
 
-    assert probe_costs(opt, model, step, forwards=1) == [6, 3, 3]
+    assert probe_costs(opt, model, step, forwards=1) == [5, 2, 2]
 
 
 def test_cost_of_an_observed_batch_one_more() -> None:
@@ -92,8 +92,8 @@ def test_cost_of_an_observed_batch_one_more() -> None:
     assert probe_costs(opt, model, step) == [5, 3, 3]
 
 
-@pytest.mark.parametrize("clipped, expected", [(False, [5, 2, 2]), (True, [5, 3, 3])])
-def test_cost_of_a_captured_loss(clipped: bool, expected: list[float]) -> None:
+@pytest.mark.parametrize("clipped", [False, True])
+def test_cost_of_a_captured_loss(clipped: bool) -> None:
     model = CountedOwnLoss()
     opt = counted(model)
 
@@ -104,7 +104,7 @@ def test_cost_of_a_captured_loss(clipped: bool, expected: list[float]) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         opt.step()
 
-    assert probe_costs(opt, model, step) == expected
+    assert probe_costs(opt, model, step) == [5, 2, 2]
 
 
 def test_auto_pays_for_its_comparison_once() -> None:

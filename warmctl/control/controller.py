@@ -62,7 +62,7 @@ RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
 PHASES = ("warmup", "guard", "done")
-NOTHING, RATIO, REPRESENTATION, SLOPE, UNDONE, RISING, ENDED, UNKNOWN = HOLDERS = (
+NOTHING, RATIO, REPRESENTATION, SLOPE, UNDONE, RISING, ENDED, UNKNOWN = (
     "",
     "the stability ratio is at target",
     "a step may not move the representations further",
@@ -349,8 +349,8 @@ class Controller:
             return "full rate"
         if reason == RISING:  # too slowly for a new high
             high = self.ending
-            fallen, older = high.highest / (high.scale * rate), s.age / high.age
-            reason = DECAY if fallen > older else SLOPE
+            fell = high.highest * high.age > s.age * high.scale * rate  # by more than it has grown older
+            reason = DECAY if fell else SLOPE
         return f"the scale {'fell to' if reason == UNDONE else 'settled at'} {s.scale:.3g}: {reason}"
 
     def _decision(self, rate: float, reason: str = "") -> Decision:

@@ -76,6 +76,8 @@ def _compiled(model: nn.Module) -> list[nn.Module]:
 class ModelCapture:
     """Remembers the model's last training forward that returned a loss and was followed by a backward pass.
 
+    Args: copies: whether to have `watch` copy the gradient of that pass.
+
     Attributes:
         forwards: how many there were since `clear`, whatever came of them.
         weights: one for each that a backward pass went through: what its loss was multiplied by before, 1/n in an
@@ -87,8 +89,8 @@ class ModelCapture:
         scaled: a gradient scaler multiplies the loss, by however little: the weights are no part of the step's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, watch: GradientWatch, copies: Callable[[], bool]) -> None:
+        self.model, self._watch, self._copies = model, watch, copies
         self._handles: list[Any] = []
         self._heard: list[nn.Module] = []
         self._enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
@@ -211,7 +213,9 @@ class ModelCapture:
         return (function, args, kwargs, autocast), RandomState(devices)
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._pending = None  # of one that raised
         if self._recording:
+            self._watch.copy = None  # more micro-batches: the copy is not the gradient of the step
             self._pending = self._about_to_call(module, args, kwargs)
 
     def _confirm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -231,12 +235,15 @@ class ModelCapture:
                 self._hooked.append((weakref.ref(loss), handle))
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: Call, state: RandomState) -> None:
-        params = list(self.model.parameters())
-        if self.enabled and not measuring(params):
-            if self.weights and not distributed.is_sharded(params) and all(p.grad is None for p in params):
-                self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
+        if self.enabled and not measuring(self.model.parameters()):
+            if self.weights:
+                params = list(self.model.parameters())
+                if not distributed.is_sharded(params) and all(p.grad is None for p in params):
+                    self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
             self._call, self.random_state, self.loss = call, state, loss
             self.weights.append(gradient.detach())
+            if self._copies():
+                self._watch.copy_pass()
 
     def state_values(self) -> list[float]:
         return [float(self.enabled), float(self.trained_on), float(self.scaled)]
@@ -250,9 +257,9 @@ class ModelCapture:
 class CapturedSource:
     """The model's own loss, if the loop trains on it: the first time, its gradient must be that of the step."""
 
-    def __init__(self, model: nn.Module, verdict: Verdict, watch: GradientWatch) -> None:
-        self.verdict, self.watch = verdict, watch
-        self.capture = ModelCapture(model)
+    def __init__(self, model: nn.Module, verdict: Verdict, watch: GradientWatch, copies: Callable[[], bool]) -> None:
+        self.verdict, self.watch, self._copies = verdict, watch, copies
+        self.capture = ModelCapture(model, watch, copies)
         self._sought = False
 
     @property
@@ -272,14 +279,15 @@ class CapturedSource:
         self.capture.clear()
 
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
-        """Cost: 0 where the gradient of the one pass is at hand, else 1."""
+        """Cost: 0 where the gradient of the one pass is at hand: untouched, or a copy of it; else 1."""
         closure = self.capture.closure()
         if closure is None:
             return None
         device = params[0].device
-        present = self.watch.gradient()
-        if self.capture.scaled or not distributed.everywhere(present is not None, device):  # this loss is not scaled
-            present = None
+        copy, self.watch.copy = self.watch.copy, None
+        present = None if self.capture.scaled else copy  # that would be scaled
+        if distributed.everywhere(self.watch.untouched, device):
+            present = [dense_gradient(p) for p in params]
         replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = distributed.everywhere(len(self.capture.weights) == 1, device)
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
@@ -352,7 +360,7 @@ class CapturedSource:
         self.capture.load_state_values(values)
 
     def __reduce__(self) -> Any:
-        return CapturedSource, (self.capture.model, self.verdict, self.watch), self.state_values()
+        return CapturedSource, (self.capture.model, self.verdict, self.watch, self._copies), self.state_values()
 
     def __setstate__(self, values: list[float]) -> None:
         self.load_state_values(values)

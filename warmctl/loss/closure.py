@@ -19,7 +19,7 @@ from warmctl.loss.marks import GradientWatch, Marks
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Closure, NotReplayable
 from warmctl.loss.source import EXACT, NEVER, Replays, StepLoss, Verdict
-from warmctl.vectors import Vector, dense_gradient
+from warmctl.vectors import Vector, copied_gradients, dense_gradient
 from warmctl.warning import first_line
 
 NOT_REPLAYABLE = (
@@ -98,6 +98,7 @@ class ClosureRun:
 
     Args:
         backward: takes (loss, backward) in place of a plain `loss.backward()`, to measure on the live graph.
+        copies: the gradient is copied where backward returns, for the closure may clip it. One parameter-sized vector.
 
     Attributes:
         random_state: all streams just before it.
@@ -111,12 +112,16 @@ class ClosureRun:
         params: list[Tensor],
         watch: GradientWatch,
         backward: Callable[[Tensor, Callable[[], None]], None] | None,
+        copies: bool = False,
     ) -> None:
         self.closure, self.params, self.watch, self.backward = closure, params, watch, backward
+        self.copies = copies and distributed.world_size() == 1  # else it may not have been averaged yet
         self.random_state = RandomState({p.device for p in params})
         self.loss: Tensor | None = None
         self.skipped = False
         self._left: Marks | None = None
+        self._copy: Vector | None = None
+        self._mixed = False  # changed between two of its passes
         self._passes_before: int | None = None
 
     def evaluate(self) -> Any:
@@ -124,10 +129,10 @@ class ClosureRun:
         before, marks = Marks(self.params), self.watch.marks
         # Only where a pass has to be seen before it starts, or later than the watch sees it end. Elsewhere the closure
         # runs under no mode of ours, which would take its time and have a compiled model compiled again.
-        intercepting = self.backward is not None or self.watch.holding or distributed.world_size() > 1
+        intercepting = self.backward is not None or self.watch.holding or self.copies or distributed.world_size() > 1
         with torch.enable_grad(), intercept_backward(self._intercepted) if intercepting else nullcontext():
             loss = self.closure()
-        if not intercepting and self.watch.marks is not marks:
+        if self._left is None and self.watch.marks is not marks:
             self._left = self.watch.marks
         has_gradient = any(p.grad is not None for p in self.params)
         check_returned(loss, has_gradient, self._left is not None or not before.hold())
@@ -137,10 +142,10 @@ class ClosureRun:
 
     def gradient(self) -> Vector | None:
         """Of this evaluation alone, before it was clipped or rescaled; None if it is not known. Given out once."""
-        found = self.watch.gradient()
-        if self._left is None or self._passes_before:
+        copy, self._copy = self._copy, None
+        if self._left is None or self._passes_before or self._mixed:
             return None
-        return [dense_gradient(p) for p in self.params] if self._left.hold() else found
+        return [dense_gradient(p) for p in self.params] if self._left.hold() else copy
 
     @property
     def weight(self) -> float:
@@ -151,11 +156,15 @@ class ClosureRun:
     def _intercepted(self, original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
         if self._passes_before is None:
             self._passes_before = self.watch.passes if self.watch.holding else 0
+        self._mixed = self._mixed or (self._left is not None and not self._left.hold())
+        self._copy = None
         if self.backward is not None and _is_plain_loss(tensors, *args, **kwargs):
             self.backward(tensors, lambda: original(tensors))
         else:
             original(tensors, *args, **kwargs)
         self._left = Marks(self.params)
+        if self.copies:
+            self._copy = copied_gradients(self.params)
 
 
 def evaluated(closure: Closure, params: list[Tensor], watch: GradientWatch) -> Any:

@@ -1,9 +1,8 @@
-"""Watching the user's own backward passes: what one evaluation of the loss left in `.grad`, and whether it is there."""
+"""Watching the user's own backward passes: is `.grad` what one evaluation of the loss left there?"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +10,7 @@ from torch import Tensor
 
 from warmctl import distributed
 from warmctl.loss.no_trace import measuring
-from warmctl.vectors import Vector, dense_gradient, local, owned
-from warmctl.warning import warn
-
-FORGOTTEN = 1000
-"""Backward passes without a step after which that is said: more than any accumulation."""
-NO_STEP = (
-    f"warmctl: {FORGOTTEN} backward passes, and the wrapper's step was not called. If the wrapped optimizer's own was, "
-    "nothing is warmed up: call that of the wrapper in its place"
-)
+from warmctl.vectors import Vector, copied_gradients, local
 
 
 class Marks:
@@ -45,18 +36,15 @@ class GradientWatch:
 
     The pass announces itself by the hook of one (the smallest) parameter; a hook on each would cost more than it.
 
-    Where the coming step is measured, the gradient is copied then: the loop may clip or rescale it.
-
-    Args: due: why it is measured, or "".
-
     Attributes:
         passes: backward passes since `clear`.
+        copy: what `copy_pass` has copied.
         marks: the gradients as the last of them left them.
         marking: False leaves it at counting them, where nothing will be measured.
     """
 
-    def __init__(self, params: list[Tensor], due: Callable[[], str]) -> None:
-        self.marking, self._due = True, due
+    def __init__(self, params: list[Tensor]) -> None:
+        self.marking = True
         self._handle: Any = None
         self.follow(params)
 
@@ -72,43 +60,40 @@ class GradientWatch:
             self._handle = self._smallest.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> Any:
-        return GradientWatch, (self.params, _never), {"_due": self._due}
+        return GradientWatch, (self.params,)
 
     def clear(self) -> None:
         """A step was made: the next gradient begins."""
         self.passes = 0
         self.marks: Marks | None = None
-        self._copy: Vector | None = None
+        self.copy: Vector | None = None
 
     @property
     def holding(self) -> bool:
         """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
         return self.marks is not None and self.marks.hold()
 
-    def gradient(self) -> Vector | None:
-        """What the one pass of this step left in `.grad`, whatever became of that since; None if it is not known.
-
-        Cost: none. Given out once.
-        """
-        copy, self._copy = self._copy, None
-        if self.passes != 1:
-            return None
-        return [dense_gradient(p) for p in self.params] if self.holding else copy
+    @property
+    def untouched(self) -> bool:
+        return self.passes == 1 and self.holding
 
     def _accumulated(self, param: Tensor) -> None:
         if param.grad is not None and not measuring([param]):
             self.passes += 1
-            if self.passes == FORGOTTEN:
-                warn(NO_STEP)
             if self.marking:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
+    def copy_pass(self) -> None:
+        """Copy the gradient that the pass under way leaves, where none was there before it: the loop may clip it.
+
+        Call it from a hook of the pass itself: passes inside of it, of checkpointed parts, end before it does. Not on
+        several ranks, where what is in `.grad` then may not have been averaged yet.
+        """
+        if distributed.world_size() == 1 and all(p.grad is None for p in self.params):
+            torch.autograd.Variable._execution_engine.queue_callback(self._copy)
+
+    def _copy(self) -> None:
+        self.copy = copied_gradients(self.params)
+
     def _ended(self) -> None:
         self.marks = Marks(self.params)
-        # On several ranks what is in `.grad` here may not have been averaged yet.
-        kept = self.passes == 1 and distributed.world_size() == 1 and self._due() != ""
-        self._copy = [owned(dense_gradient(p)) for p in self.params] if kept else None
-
-
-def _never() -> str:
-    return ""

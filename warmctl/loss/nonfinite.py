@@ -10,7 +10,7 @@ from torch import Tensor
 
 from warmctl import distributed
 from warmctl.loss.replay import Closure
-from warmctl.vectors import dense_gradient, squares
+from warmctl.vectors import local, squares, strided
 from warmctl.warning import warn
 
 SKIPPED = "step skipped: the loss or its gradient is not finite"
@@ -42,7 +42,7 @@ class NonfiniteSteps:
         Cost: a pass over the gradient; waits for the device, and for the other ranks. Nothing if none is skipped.
         """
         if self.skip:
-            square = squares([dense_gradient(p) for p in params if p.grad is not None]).sum()
+            square = squares([strided(local(p.grad.detach())) for p in params if p.grad is not None]).sum()
             finite = math.isfinite(float(square)) and (loss is None or bool(loss.isfinite().all()))
             self.skipping = not distributed.everywhere(finite, square.device)
             if self.skipping:

@@ -17,7 +17,7 @@ from warmctl.loss.marks import GradientWatch
 from warmctl.loss.nonfinite import NonfiniteSteps
 from warmctl.loss.observed import ObservedSource
 from warmctl.loss.replay import Closure, Replay
-from warmctl.loss.source import NEVER, Replays, Source, StepLoss, Verdict
+from warmctl.loss.source import EXACT, NEVER, Replays, Source, StepLoss, Verdict
 from warmctl.warning import warn
 
 Decide = Callable[[Tensor | None], None]
@@ -42,7 +42,7 @@ The model was compiled in place, by model.compile(): a loss of its own cannot be
 class Sources:
     """All sources of one wrapper, and the watch on the gradients that they leave.
 
-    Args: due: why the coming step is to be measured, or ""; asked where a backward pass has ended.
+    Args: due: why the coming step is to be measured, or "".
 
     Attributes:
         verdict: whether the loss can be evaluated again; what the first probe finds holds for all later ones.
@@ -58,10 +58,10 @@ class Sources:
         skip_nonfinite: bool = False,
     ) -> None:
         self.verdict = Verdict()
-        self.watch = GradientWatch(params, due)
+        self.watch, self._due = GradientWatch(params), due
         self.closure = ClosureSource(self.verdict)
         self.observed = ObservedSource(model, loss_fn)
-        self.captured = CapturedSource(model, self.verdict, self.watch)
+        self.captured = CapturedSource(model, self.verdict, self.watch, self._copies)
         self.graph = LiveGraph()
         self.nonfinite = NonfiniteSteps(skip_nonfinite)
         self.in_closure = self._checked = False
@@ -119,6 +119,11 @@ class Sources:
         """Of the last backward pass, detached; None if it went past all sources."""
         return self.captured.capture.loss if self.graph.loss is None else self.graph.loss
 
+    def _copies(self) -> bool:
+        """Whether the gradient of the model's own loss, in the pass under way, is what a probe will begin with."""
+        alone = self.observed.loss_fn is None and not self.in_closure
+        return alone and (self.verdict.untried or self.verdict.repeats == EXACT) and self._due() != ""
+
     def deciding(
         self,
         closure: Closure,
@@ -160,7 +165,8 @@ class Sources:
         listening: AbstractContextManager[None],
     ) -> Any:
         live = backward_on_graph if self.live and not distributed.is_sharded(self.params) else None  # no exact product
-        run = self.closure.run = ClosureRun(closure, self.params, self.watch, live)
+        copies = live is None and self.verdict.repeats != NEVER and self._due() != ""
+        run = self.closure.run = ClosureRun(closure, self.params, self.watch, live, copies)
         self.in_closure = True
         try:
             with listening:

@@ -12,7 +12,7 @@ from torch import Tensor
 from warmctl import distributed
 from warmctl.stability.end_slope import EndSlope
 from warmctl.state import ANYTHING, COUNT, FLAG, LARGEST_COUNT, Allowed, check
-from warmctl.vectors import local, square_norm, squares
+from warmctl.vectors import local, square_norm, squares, strided
 
 UNKNOWN = (*(math.nan,) * 4, 1.0, 1.0)
 
@@ -144,7 +144,7 @@ def loss_is_free(params: Sequence[Tensor]) -> bool:
 def _gradients(params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters that have a gradient, and this process's parts of these."""
     held = [(p, local(p.grad)) for p in params if p.grad is not None]
-    return [p for p, _ in held], [g if g.layout == torch.strided else g.coalesce().values() for _, g in held]
+    return [p for p, _ in held], [strided(g) for _, g in held]
 
 
 def _signals(values: Sequence[float]) -> Signals:
