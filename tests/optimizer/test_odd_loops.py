@@ -58,7 +58,7 @@ def test_the_model_is_trained_with_closures_and_without_in_turn() -> None:
             opt.step()
         else:
             opt.step(closure_for(opt, model, batch_of(step)))
-    assert opt.metrics["probes"] == 4 and not opt.metrics["reason"].startswith("probe failed")
+    assert opt.metrics["probes"] == 4 and "failed" not in opt.metrics["reason"]
 
 
 def test_all_parameters_frozen_later() -> None:

@@ -143,7 +143,7 @@ def test_nothing_of_torch_is_replaced_while_a_closure_runs() -> None:
 
     for _ in range(3):
         opt.step(closure)
-    assert runs > 3 and opt.metrics["reason"] != "probe failed"
+    assert runs > 3 and "failed" not in opt.metrics["reason"]
     assert opt.meter.last is not None and not opt.meter.last.reason
 
 
