@@ -220,3 +220,17 @@ def test_a_gradient_that_a_scaler_has_scaled_is_not_that_of_the_loss() -> None:
             p.grad.div_(factor)  # type: ignore[union-attr]
         opt.step()
         assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_gradient_by_another_function_than_backward_is_not_copied() -> None:
+    """Then nothing was left by the pass, and what the loop writes itself may be anything."""
+    model = OwnLoss()
+    opt = exact_monitor(model, SGD(model.parameters(), 0.1), hvp="finite_difference")
+    step("captured", opt, model, 0, hard)
+    expected = dense(model, batch_of(1), own_loss)
+    opt.zero_grad()
+    parts = list(model.parameters())
+    for p, gradient in zip(parts, torch.autograd.grad(own_loss(model, batch_of(1)), parts), strict=True):
+        p.grad = 0.1 * gradient
+    opt.step()
+    assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)

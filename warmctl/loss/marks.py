@@ -77,12 +77,6 @@ class GradientWatch:
     def untouched(self) -> bool:
         return self.passes == 1 and self.holding
 
-    def _accumulated(self, param: Tensor) -> None:
-        if param.grad is not None and not measuring([param]):
-            self.passes += 1
-            if self.marking:
-                torch.autograd.Variable._execution_engine.queue_callback(self._ended)
-
     def copy_pass(self) -> None:
         """Copy the gradient that the pass under way leaves, where none was there before it: the loop may clip it.
 
@@ -90,10 +84,17 @@ class GradientWatch:
         several ranks, where what is in `.grad` then may not have been averaged yet.
         """
         if distributed.world_size() == 1 and all(p.grad is None for p in self.params):
-            torch.autograd.Variable._execution_engine.queue_callback(self._copy)
+            torch.autograd.Variable._execution_engine.queue_callback(self._copied)
 
-    def _copy(self) -> None:
-        self.copy = copied_gradients(self.params)
+    def _accumulated(self, param: Tensor) -> None:
+        if param.grad is not None and not measuring([param]):
+            self.passes += 1
+            if self.marking:
+                torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+
+    def _copied(self) -> None:
+        if any(p.grad is not None for p in self.params):  # not by `torch.autograd.grad`
+            self.copy = copied_gradients(self.params)
 
     def _ended(self) -> None:
         self.marks = Marks(self.params)
