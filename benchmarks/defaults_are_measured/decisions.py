@@ -274,6 +274,6 @@ class LagOne(AdaptiveWarmup):
         meter: Any = self.meter
         meter.__class__, meter.cadence = LagOneMeter, self.cadence
 
-    def _due(self, rate: float) -> str:
+    def _due(self) -> str:
         meter: Any = self.meter
-        return super()._due(rate) or str(meter.turning)
+        return super()._due() or str(meter.turning)
