@@ -41,6 +41,13 @@ def test_repr_names_the_base_and_the_phase() -> None:
     assert text.startswith("AdaptiveWarmup(AdamW,") and "phase='warmup'" in text
 
 
+@pytest.mark.parametrize("control", [True, False])
+def test_repr_has_the_scale_of_the_metrics(control: bool) -> None:
+    model, opt = wrapped(control=control)
+    train(opt, model, range(3))
+    assert f"scale={opt.metrics['scale']:.4g})" in repr(opt) and (opt.metrics["scale"] == 1.0) != control
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none: bool) -> None:
     model, opt = wrapped()
