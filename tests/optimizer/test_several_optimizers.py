@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian  # type: ignore[attr-defined]
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tests.helpers import assert_same, weights
+from tests.helpers import assert_same, batch_of, loss_fn, mlp, weights
 from tests.integrations.helpers import decisions, failures
 from warmctl import AdaptiveWarmup, stability_threshold
 from warmctl.stability.update_rules import update_rule
@@ -178,3 +178,15 @@ def test_lists_that_cannot_work() -> None:
         AdaptiveWarmup([torch.optim.LBFGS(model.parameters())], model)
     with pytest.raises(ValueError, match="add the group to one of the optimizers"):
         AdaptiveWarmup([adam], model).add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+@needs_muon
+def test_the_member_without_a_rule_is_named() -> None:
+    """Nobody has made the chain that holds them."""
+    model = mlp()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    opt = AdaptiveWarmup([Muon(matrices, lr=0.02), AdamW(rest, lr=0.01)], model)
+    opt.backward(loss_fn(model, batch_of(0)))
+    with pytest.raises(RuntimeError, match=r"backward\(loss\) cannot measure Muon: "):
+        opt.step()
