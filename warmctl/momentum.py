@@ -23,6 +23,6 @@ def persistence(groups: Sequence[Mapping[str, Any]]) -> float:
     and the root of their mean square displacement is that of independent steps of the same length times this: 4.4 at
     .9. Waits for the device where β is a tensor there.
     """
-    largest = max((momentum(group) or float(group.get("beta1") or 0.0) for group in groups), default=0.0)
+    largest = max([momentum(group) or float(group.get("beta1") or 0.0) for group in groups], default=0.0)
     beta = min(max(largest, 0.0), MOST)
     return math.sqrt((1.0 + beta) / (1.0 - beta))

@@ -15,7 +15,7 @@ def learning_rate(group: Mapping[str, Any]) -> float:
 
 def largest_rate(groups: Sequence[Mapping[str, Any]]) -> float:
     """The largest scheduled rate of all groups; 0 without any."""
-    return max((learning_rate(group) for group in groups), default=0.0)
+    return max([learning_rate(group) for group in groups], default=0.0)
 
 
 class ScaledRates:

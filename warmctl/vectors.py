@@ -74,7 +74,6 @@ def squares(a: Sequence[Tensor]) -> Tensor:
     return gathered(torch._foreach_norm(list(a))).square()
 
 
-@torch.no_grad()
 def square_norm(a: Sequence[Tensor]) -> float:
     """Σᵢ aᵢ·aᵢ of tensors on the host, where reading a number costs less than arithmetic on small tensors."""
     if any(dtype.itemsize < 4 for dtype in {x.dtype for x in a}):

@@ -65,6 +65,8 @@ class Levers:
     @property
     def factors(self) -> list[float]:
         """What followers multiply the rate of each group by, beside the scale."""
+        if not self._factors:
+            return [1.0] * len(self.groups)
         return [self._factors.get(index, 1.0) for index in range(len(self.groups))]
 
     @property

@@ -54,7 +54,6 @@ class StepSignals:
         self.slope.forget()
         self.end_slope = math.nan
 
-    @torch.no_grad()
     def read(
         self, loss: Tensor | None, params: list[Tensor], end_slope: bool = True, evaluations: float = 1.0
     ) -> Signals:
