@@ -71,3 +71,24 @@ def test_probes_that_are_far_apart_are_no_silence() -> None:
         for index in range(120):
             opt.step(closure_for(opt, model, batch_of(index)))
     assert opt.metrics["scale"] < 0.1 and opt.metrics["probes"] == 2
+
+
+@pytest.mark.parametrize(("stepped", "passes"), [("inside", 300), ("wrapper", 100), ("wrapper", 300)])
+def test_stepping_the_optimizer_inside_is_spoken_of_and_many_micro_batches_are_not(stepped: str, passes: int) -> None:
+    model = mlp()
+    inside = torch.optim.SGD(model.parameters(), 1e-3)
+    opt = AdaptiveWarmup(inside, model, loss_fn=loss_fn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if stepped == "wrapper":
+            opt.step(closure_for(opt, model, batch_of(0)))
+        for index in range(passes):
+            loss_fn(model, batch_of(index)).backward()
+            if stepped == "inside":
+                inside.step()
+                inside.zero_grad()
+        opt.observe(batch_of(0))
+        opt.step()
+    said = [w for w in caught if "has not been called yet" in str(w.message)]
+    assert len(said) == (stepped == "inside")
+    assert all(w.filename == __file__ for w in said)  # at the user's own line

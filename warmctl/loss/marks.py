@@ -11,6 +11,13 @@ from torch import Tensor
 from warmctl import distributed
 from warmctl.loss.no_trace import measuring
 from warmctl.vectors import Vector, copied_gradients, local
+from warmctl.warning import warn
+
+UNSTEPPED = 128
+NEVER_STEPPED = (
+    f"warmctl: {UNSTEPPED} backward passes, and opt.step() of AdaptiveWarmup has not been called yet. If the optimizer "
+    "inside is stepped in its place, nothing is measured or scaled: call step() of the wrapper"
+)
 
 
 class Marks:
@@ -41,10 +48,11 @@ class GradientWatch:
         copy: what `copy_pass` has copied.
         marks: the gradients as the last of them left them.
         marking: False leaves it at counting them, where nothing will be measured.
+        stepped: whether a step was ever made after such passes.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
-        self.marking = True
+        self.marking, self.stepped = True, False
         self._handle: Any = None
         self.follow(params)
 
@@ -89,6 +97,8 @@ class GradientWatch:
     def _accumulated(self, param: Tensor) -> None:
         if param.grad is not None and not measuring([param]):
             self.passes += 1
+            if self.passes == UNSTEPPED and not self.stepped:
+                warn(NEVER_STEPPED)
             if self.marking:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 

@@ -139,7 +139,7 @@ class Sources:
                 repeated; None if nothing will be measured at this step, and then the closure is not watched.
             listening: entered for that evaluation, if it is watched.
         """
-        called = False
+        called, self.watch.stepped = False, True
 
         def evaluate() -> Any:
             nonlocal called
@@ -228,3 +228,4 @@ class Sources:
         for source in self.in_order():
             source.forget()
         self.watch.clear()
+        self.watch.stepped = True
