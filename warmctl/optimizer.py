@@ -274,7 +274,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, one eigenvector."""
-        return self._rates.unscaled(self._saved.state_dict(self.trainable), self.param_groups)  # a step hook may save
+        saved = self._followers.levers.unlent(self._saved.state_dict(self.trainable))  # a step hook may save
+        return self._rates.unscaled(saved, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
@@ -301,10 +302,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
 def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
     """The closure for the wrapped optimizer, watched where it may have to be evaluated again."""
-    warming = opt.phase == "warmup"
-    looks, watched = opt.cadence.looks_next(warming), warming
-    if opt.phase == "guard":
-        watched = looks or opt.sources.live or opt._due() != ""
+    looks = opt.cadence.looks_next(opt.phase == "warmup")
+    watched = opt.phase != "done" and (looks or opt.sources.live or opt._due() != "")
     listening = opt.meter.prober.listening(looks)
     return opt.sources.deciding(closure, opt._decide, opt.backward_on_graph if watched else None, listening)
 

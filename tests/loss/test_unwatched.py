@@ -1,4 +1,4 @@
-"""Once warmup has ended a closure is watched at few steps; at the others it is still held to its contract."""
+"""A closure is watched at the few steps that are measured; at the others it is still held to its contract."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.optim import Adam
 from warmctl import AdaptiveWarmup
 
 
-def guarding(returned: Callable[[Tensor], Any] = lambda loss: loss, **options: Any) -> tuple[AdaptiveWarmup, Any]:
-    """A wrapper in guard whose next step is not probed, and what makes its closure from a factor on the loss."""
+def guarding(
+    returned: Callable[[Tensor], Any] = lambda loss: loss, phase: str = "guard", **options: Any
+) -> tuple[AdaptiveWarmup, Any]:
+    """A wrapper whose next step is not measured, and what makes its closure from a factor on the loss."""
     torch.manual_seed(0)
     model, x = nn.Linear(4, 1), torch.randn(16, 4)
-    opt = AdaptiveWarmup(Adam(model.parameters(), 1e-2), model, max_warmup=10, **options)
+    opt = AdaptiveWarmup(Adam(model.parameters(), 1e-2), model, max_warmup=10 if phase == "guard" else None, **options)
 
     def closure(factor: float = 1.0, backward: bool = True) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -29,7 +31,10 @@ def guarding(returned: Callable[[Tensor], Any] = lambda loss: loss, **options: A
 
         return evaluate
 
-    while opt.phase == "warmup" or opt.cadence.due(3.0, guarding=True) or opt.cadence.looks_next(warming=False):
+    def measured_next() -> bool:
+        return opt._due() != "" or opt.cadence.looks_next(warming=phase == "warmup")
+
+    while opt.phase != phase or measured_next():
         opt.step(closure())
     return opt, closure
 
@@ -66,8 +71,9 @@ def test_a_closure_that_breaks_its_contract_is_told(
     assert all(map(torch.equal, before, opt.param_groups[0]["params"]))
 
 
-def test_neither_the_random_streams_nor_the_gradients_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    opt, closure = guarding()
+@pytest.mark.parametrize("phase", ["warmup", "guard"])
+def test_neither_the_random_streams_nor_the_gradients_are_read(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt, closure = guarding(phase=phase)
     monkeypatch.setattr("warmctl.loss.closure.ClosureRun", None)
     opt.step(closure())
     assert opt.sources.watch.marks is None and opt.sources.watch.marking

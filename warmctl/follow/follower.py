@@ -103,6 +103,14 @@ class Levers:
         self._lent.append((group, name, group[name], value))
         group[name] = value
 
+    def unlent(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """`saved`, a state dict of these groups, with every value as `put_back` will put it back."""
+        kept = {id(group): saved_group for group, saved_group in zip(self.groups, saved["param_groups"], strict=False)}
+        for group, name, own, lent in reversed(self._lent):
+            if kept.get(id(group), {}).get(name) is lent:
+                kept[id(group)][name] = own
+        return saved
+
     def put_back(self) -> None:
         """Every value that is still as it was lent: one that somebody has written since stays."""
         while self._lent:
