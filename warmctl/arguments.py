@@ -58,6 +58,11 @@ def _of_model(optimizer: Optimizer, model: Any) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if any(getattr(p, "_fsdp_flattened", False) for p in held):
         check_layout(model, held)
+    if len({id(p) for p in held}) < len(held):
+        raise ValueError(
+            "the optimizer holds a parameter twice, as of tied weights, and torch would step it twice: give it once, "
+            "as model.parameters() does"
+        )
     owned = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in owned for p in held)
     if strangers:

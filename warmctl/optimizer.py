@@ -224,8 +224,9 @@ class AdaptiveWarmup(OptimizerProxy):
     def _follow_parameters(self) -> None:
         """See which are trainable now. Those that have been thawed or added were never measured: warmup restarts."""
         self._saved.withdraw()
-        if self.sources.follow(self.trainable):
+        if self.sources.follow(self.trainable) or 0 < self.counts.trained < len(self.sources.params):
             self.restart()
+        self.counts.trained = len(self.sources.params)
 
     def _end_step(self) -> None:
         """After the update: its row, the schedule's own rates again, the batch forgotten, what was thawed seen."""
@@ -274,8 +275,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, one eigenvector."""
-        saved = self._followers.levers.unlent(self._saved.state_dict(self.trainable))  # a step hook may save
-        return self._rates.unscaled(saved, self.param_groups)
+        return self._rates.unscaled(self._followers.unlent(self._saved.state_dict(self.trainable)), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.

@@ -91,13 +91,14 @@ class FloatState:
 
 @dataclass
 class Counts(FloatState):
-    """Steps and probes made, and what they cost in gradient evaluations."""
+    """Steps and probes made, what they cost in gradient evaluations, and how many parameters trained at the last."""
 
     steps: float = saved(0.0, COUNT)
     gradients: float = saved(0.0, COUNT)
     probes: float = saved(0.0, COUNT)
     hvps: float = saved(0.0, COUNT)
     cost: float = saved(0.0, POSITIVE)
+    trained: float = saved(0.0, COUNT)
 
     @property
     def overhead(self) -> float:

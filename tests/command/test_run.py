@@ -97,3 +97,31 @@ def test_the_loss_of_a_backward() -> None:
 def test_the_rise_of_a_schedule() -> None:
     rising: list[Any] = [0.1, 0.2, 0.3, 0.3, 0.2]
     assert (rise(rising), rise([0.3, 0.2]), rise([0.1, 0.1]), rise([])) == (2, 0, 0, 0)
+
+
+TWO = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+G, D = nn.Linear(4, 3), nn.Linear(3, 1)
+og, od = torch.optim.SGD(G.parameters(), 0.1), torch.optim.SGD(D.parameters(), 0.1)
+for _ in range(16):
+    z = torch.randn(8, 4)
+    od.zero_grad(); ld = D(G(z).detach()).square().mean(); ld.backward(); od.step()
+    og.zero_grad(); lg = nn.functional.softplus(-D(G(z))).mean(); lg.backward(RETAIN); og.step()
+"""
+
+
+@pytest.mark.parametrize("retain", ["", "retain_graph=True"])
+def test_only_losses_of_the_wrapped_optimizer_are_its_own(retain: str, tmp_path: Path) -> None:
+    (tmp_path / "gan.py").write_text(TWO.replace("RETAIN", retain))
+    done = run(tmp_path, "gan.py")
+    assert done.returncode == 0, done.stderr
+    assert "gan.py:11" in done.stderr and "gan.py:10" not in done.stderr
+    by_hand = TWO.replace("RETAIN", "").replace("lg.backward()", "og.backward(lg)")
+    by_hand = by_hand.replace("for _", "import warmctl\nog = warmctl.AdaptiveWarmup(og, G)\nfor _")
+    names: dict[str, Any] = {}
+    exec(compile(by_hand, "by_hand", "exec"), names)
+    recorded = History.from_jsonl(tmp_path / "gan.jsonl")
+    assert recorded["sharpness"] == names["og"].history["sharpness"]

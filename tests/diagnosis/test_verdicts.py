@@ -207,3 +207,25 @@ def test_it_prints(run_of: Any) -> None:
     assert all(line.startswith("  - ") for line in lines[1:-1]) and lines[-1].startswith("  What to do: ")
     html = found._repr_html_()
     assert html.startswith("<b>under-warmed</b>") and html.count("<li>") == len(found.evidence)
+
+
+def capped_by_loggers() -> list[dict[str, Any]]:
+    """As `log_warmup` leaves it in the Trainer's history: held at 5 % of the rate."""
+    steps = range(10, 1001, 10)
+    logged = {"learning_rate": 3e-3, "warmup/scale": 0.05, "warmup/lr": 1.5e-4, "warmup/phase": 1.0}
+    return [{"step": step, "loss": 0.5 + 2.0 * math.exp(-step / 300), **logged} for step in steps]
+
+
+def test_the_columns_of_warmctls_own_loggers_are_known() -> None:
+    of_loggers = capped_by_loggers()
+    names = {"learning_rate": "scheduled_lr", "warmup/scale": "scale", "warmup/lr": "lr", "warmup/phase": "phase"}
+    own = [{names.get(k, k): "guard" if k == "warmup/phase" else v for k, v in row.items()} for row in of_loggers]
+    found, expected = diagnose(of_loggers), diagnose(own)
+    assert found.verdict == expected.verdict == "capped below the schedule"
+    assert found.advice == expected.advice
+
+
+def test_a_record_that_begins_after_warmup_has_none() -> None:
+    on_guard = {"lr": 2.9e-3, "scale": 0.97, "phase": "guard"}
+    rows = [{"step": step, "loss": 0.5 + math.exp(-step / 600), **on_guard} for step in range(1001, 2001)]
+    assert diagnose(rows).verdict == "well warmed"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from tests.follow.helpers import drive
-from tests.helpers import batch_of, closure_for, loss_fn, mlp, train
+from tests.helpers import batch_of, closure_for, closure_of, loss_fn, mlp, train
 from warmctl import AdaptiveWarmup, Unfreezing
 
 
@@ -233,3 +233,21 @@ def test_stages_that_the_optimizer_does_not_hold_are_named() -> None:
     for options, words in (({"gamma": -1.0}, "gamma must be"), ({"every": 0}, "every must be")):
         with pytest.raises(ValueError, match=words):
             Unfreezing([model], **options)  # type: ignore[arg-type]
+
+
+def test_at_a_second_thaw_each_earlier_stage_keeps_a_rate_of_its_own() -> None:
+    """The head is at the full rate, the second stage still on its way, when the third is thawed."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(64, 6), torch.randn(64, 3)
+    with torch.no_grad():
+        model[4].weight.mul_(8.0)  # steep below it
+    stages = [model[4], model[2], model[0]]
+    base = torch.optim.SGD([{"params": stage.parameters()} for stage in stages], lr=0.02)
+    opt = AdaptiveWarmup(base, model).follow(Unfreezing(stages, gamma=0.0, every=3))
+    rates: list[list[float]] = []
+    opt.register_step_post_hook(lambda *args: rates.append([g["lr"] / 0.02 for g in opt.param_groups]))
+    for _ in range(8):
+        opt.step(closure_of(opt, lambda: (model(x) - y).square().mean()))
+    assert rates[5][0] == 1.0 and rates[5][1] < 0.5  # before the thaw
+    assert rates[6][:2] == rates[5][:2] and rates[6][2] < rates[6][1]

@@ -98,17 +98,20 @@ def test_gradients_and_updates_are_those_of_the_layers() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("limit", [None, 0.01, 100.0])
-def test_clipping_is_seen_behind_a_gradient_scaler_too(limit: float | None, scale: float) -> None:
+@pytest.mark.parametrize("limit", [None, 0.01, 100.0, "longer"])
+def test_clipping_is_seen_behind_a_gradient_scaler_too(limit: float | str | None, scale: float) -> None:
     model = mlp()
     params = list(model.parameters())
     opt = AdaptiveWarmup(SGD(params, lr=0.1), model, loss_fn=loss_fn).follow(Vitals(model))
     opt.observe(batch_of(0))
+    scale = 1.0 if limit == "longer" else scale  # behind another it is not told from a shortening
     (loss_fn(model, batch_of(0)) * scale).backward()
     largest = max(float(p.grad.abs().max()) for p in params)
     torch._foreach_div_([p.grad for p in params], scale)
-    if limit is not None:
-        nn.utils.clip_grad_norm_(params, limit)
+    if limit == "longer":
+        torch._foreach_mul_([p.grad for p in params], 3.0)
+    elif limit is not None:
+        nn.utils.clip_grad_norm_(params, float(limit))
 
     opt.step()
     row = opt.history[0]

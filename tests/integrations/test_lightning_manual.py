@@ -192,3 +192,15 @@ def test_a_gan_with_two_optimizers(toggled: bool) -> None:
     controlled = Gan(toggled, lr=3.0)
     assert not fit(controlled, 40)
     assert all(0.0 < opt.metrics["scale"] < 0.5 and opt.metrics["probes"] >= 2 for opt in controlled.both)
+
+
+def test_a_gan_of_which_one_optimizer_is_wrapped() -> None:
+    class OneWrapped(Gan):
+        def configure_optimizers(self) -> Any:
+            bare = torch.optim.Adam(self.critic.parameters(), self.lr)
+            self.both = [AdaptiveWarmup(torch.optim.Adam(self.generator.parameters(), self.lr), self, every=1)]
+            return [*self.both, bare], []
+
+    model = OneWrapped(toggled=False)
+    assert not fit(model, 12)
+    assert len(model.both[0].history) == 6 and model.both[0].metrics["probes"] > 0

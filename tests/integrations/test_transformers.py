@@ -32,7 +32,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from warmctl.integrations.transformers import log_warmup  # noqa: E402
+from warmctl.integrations.transformers import WarmupTrainerMixin, log_warmup  # noqa: E402
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 4
 
@@ -238,6 +238,20 @@ def test_metrics_in_the_trainers_log(tmp_path: Path) -> None:
     assert [row["warmup/scale"] for row in run.trainer.state.log_history if "loss" in row] == scales
     assert [row["warmup/scale"] for row in reported if "loss" in row] == scales
     assert {"warmup/step", "warmup/lr", "warmup/stability_ratio", "warmup/sharpness"} <= set(reported[0])
+
+
+def test_a_trainer_whose_create_optimizer_takes_no_model(tmp_path: Path) -> None:
+    """As that of transformers 4, and many a subclass's own."""
+
+    class Older(Trainer):
+        def create_optimizer(self) -> Any:
+            return super().create_optimizer()
+
+    class Warmed(WarmupTrainerMixin, Older):
+        pass
+
+    trainer = Warmed(gpt2(), TrainingArguments(str(tmp_path), report_to=[]), train_dataset=[])
+    assert isinstance(trainer.create_optimizer(), AdaptiveWarmup)
 
 
 def test_logging_without_the_wrapper_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import pytest
 from torch import Tensor, nn
 
@@ -115,3 +118,18 @@ def test_clipping_one_layer_is_noticed(clipped: int) -> None:
             list(model.parameters())[clipped].grad.mul_(0.01)  # type: ignore[union-attr]
         opt.step()
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("own, others", [(1.0, 0.0), (0.1, 20.0)])
+def test_of_micro_batches_too_the_models_own_loss_must_be_what_is_trained_on(own: float, others: float) -> None:
+    model = Returns(FORMS["dict"])
+    opt = exact_monitor(model)
+    for index in range(2):
+        output = model(*batch_of(index))
+        loss = own * output["total"] + others * model.body(batch_of(index)[0]).square().mean()
+        (loss / 2).backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+    assert any("is not what is trained on" in str(w.message) for w in caught) == (others > 0.0)
+    assert math.isnan(opt.metrics["sharpness"]) == (others > 0.0)

@@ -234,3 +234,37 @@ def test_a_gradient_by_another_function_than_backward_is_not_copied() -> None:
         p.grad = 0.1 * gradient
     opt.step()
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("size", [1e-3, 1e-1, None])
+def test_the_steps_of_adam_do_not_depend_on_the_length_of_gradients_nor_does_the_ratio(
+    source: str, size: float | None
+) -> None:
+    """With gradients of one length all along its steps are those without clipping."""
+
+    def ratio(size: float | None) -> float:
+        model = OwnLoss()
+        opt = exact_monitor(model, AdamW(model.parameters(), 1e-3, eps=1e-30, weight_decay=0.0))
+
+        def shorten(model: nn.Module) -> None:
+            for p in model.parameters():
+                if p.grad is not None and size is not None:
+                    p.grad.mul_(size)
+
+        for batch in range(3):
+            step(source, opt, model, batch, shorten)
+        return float(opt.metrics["stability_ratio"])
+
+    assert ratio(size) == pytest.approx(ratio(None), rel=1e-3)
+
+
+def test_a_gradient_clipped_by_value_is_that_of_the_loss_all_the_same() -> None:
+    def by_value(model: nn.Module) -> None:
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+
+    model = OwnLoss()
+    expected = dense(model, batch_of(0), own_loss)
+    opt = exact_monitor(model, SGD(model.parameters(), 0.1))
+    step("captured", opt, model, 0, by_value)
+    assert sharpness_of(opt) == pytest.approx(expected, rel=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import FORWARD_COST, batch_of, closure_for, loss_fn, mlp, noisy_net
+from tests.helpers import FORWARD_COST, batch_of, closure_for, closure_of, loss_fn, mlp, noisy_net
 from tests.loss.helpers import dense, exact_monitor, sharpness_of
 from warmctl import AdaptiveWarmup
 
@@ -145,3 +145,19 @@ def test_a_closure_that_runs_out_of_data_in_the_check_does_not_stop_training() -
     with pytest.warns(RuntimeWarning, match="StopIteration"):
         opt.step(closure)
     assert not torch.equal(model[0].weight, before)
+
+
+def test_a_loss_that_asks_for_derivatives_of_its_own_is_looked_at() -> None:
+    """As physics-informed ones do: under `no_grad` it cannot be evaluated."""
+    model = mlp()
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 1e-2), model)
+    x = batch_of(0)[0].requires_grad_()
+
+    def loss() -> Tensor:
+        u = model(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return slope.square().mean() + u.square().mean()
+
+    for _ in range(2):
+        opt.step(closure_of(opt, loss))
+    assert opt.metrics["representation_change"] > 0.0

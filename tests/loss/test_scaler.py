@@ -8,6 +8,7 @@ from torch.optim import SGD
 
 from tests.helpers import OwnLoss, batch_of, loss_fn
 from warmctl import AdaptiveWarmup
+from warmctl.loss.scaler import loss_scale
 
 
 @pytest.mark.parametrize("size", [2.0**16, 2.0**10, 2.0**5])
@@ -43,3 +44,51 @@ def test_a_gradient_scaler_that_has_come_down_is_still_none_of_the_loss() -> Non
         scaler.update(scale)
         found.append(opt.metrics["sharpness"])
     assert found[1:] == pytest.approx([found[1]] * 3, rel=0.02)
+
+
+@pytest.mark.parametrize("clip, passes", [(None, 1), (0.1, 1), (None, 3), (0.1, 4)])
+def test_a_scaler_that_begins_low_is_told_from_a_weight_by_what_was_divided_out(
+    clip: float | None, passes: int
+) -> None:
+    """As after its first overflows: 1024 is no size that only a scaler has."""
+
+    def run(scaler: torch.amp.GradScaler) -> float:
+        model = OwnLoss()
+        opt = AdaptiveWarmup(SGD(model.parameters(), 1e-3), model, control=False, every=1)
+        for step in range(2):
+            opt.zero_grad()
+            for index in range(passes):
+                scaler.scale(model(batch_of(10 * step + index))["loss"] / passes).backward()
+            scaler.unscale_(opt)
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(opt)
+            scaler.update()
+        return float(opt.metrics["sharpness"])
+
+    plain = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert run(torch.amp.GradScaler("cpu", init_scale=2.0**10)) == pytest.approx(plain, rel=1e-2)
+
+
+def test_a_weight_that_the_user_gave_the_loss_is_no_scale() -> None:
+    def sharpness(weight: float) -> float:
+        model = OwnLoss()
+        opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+        (weight * model(batch_of(0))["loss"]).backward()
+        opt.step()
+        return float(opt.metrics["sharpness"])
+
+    assert [sharpness(weight) / weight for weight in (3.0, 32.0, 1024.0)] == pytest.approx(
+        [sharpness(1.0)] * 3, rel=1e-2
+    )
+
+
+def test_a_scaled_loss_may_be_divided_and_a_number_is_no_scaler() -> None:
+    w = torch.ones((), requires_grad=True)
+    scale = torch.full((1,), 2.0**12)  # as a GradScaler keeps it
+    assert [float(loss_scale(loss)) for loss in (w * scale, w * scale / 2, w / 2 * scale, w * scale * 3.0)] == [
+        2.0**12
+    ] * 4
+    assert [float(loss_scale(loss)) for loss in (w, w * 32, w * 32.0, w / 32, w * torch.tensor(3.0), w * w)] == [
+        1.0
+    ] * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -146,3 +147,12 @@ def test_a_base_that_could_not_be_saved(base: Any, found: str) -> None:
     with pytest.raises(TypeError, match=found):
         AdaptiveWarmup(base(model.parameters(), 0.1), model)
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_parameter_that_is_listed_twice() -> None:
+    model = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        twice = torch.optim.SGD([*model.parameters(), model[0].weight], 0.1)
+    with pytest.raises(ValueError, match=r"holds a parameter twice.*give it once"):
+        AdaptiveWarmup(twice, model)

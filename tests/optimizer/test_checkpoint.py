@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import AdamW
 
 from tests.helpers import assert_same, batch_of, closure_for, everything, loss_fn, mlp, train
-from warmctl import AdaptiveWarmup
+from warmctl import AdaptiveWarmup, Momentum, WeightDecay
 
 Run = tuple[Any, AdaptiveWarmup]
 STOP, END = 12, 24
@@ -339,3 +339,34 @@ def test_saving_within_a_step_does_not_disturb_it(when: str) -> None:
         opt.step((lambda plain=plain: opt.state_dict() and plain()) if when == "closure" else plain)
     train(twin, twin_model, range(4))
     assert_same(everything(model, opt), everything(twin_model, twin))
+
+
+@pytest.mark.parametrize("freezes_again", [False, True])
+def test_what_was_thawed_between_two_processes_begins_warmup_again(freezes_again: bool) -> None:
+    model, opt = build(AdamW)
+    model[0].requires_grad_(False)
+    opt = AdaptiveWarmup(opt.base, model, max_warmup=4)
+    by_closures((model, opt), range(STOP))
+    assert opt.phase == "guard"
+    fresh = build(AdamW, max_warmup=4)
+    fresh[0].load_state_dict(model.state_dict())
+    fresh[1].load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert fresh[1].phase == "guard"
+    if freezes_again:  # after loading is soon enough
+        fresh[0][0].requires_grad_(False)
+    by_closures(fresh, range(STOP, STOP + 1))
+    assert fresh[1].phase == ("guard" if freezes_again else "warmup")
+
+
+def test_a_checkpoint_of_a_step_hook_has_the_values_between_steps() -> None:
+    def following() -> Run:
+        model, opt = build(AdamW, seed=3)
+        return model, opt.follow(WeightDecay("delay"), Momentum(low=0.5))
+
+    model, opt = following()
+    saved: list[dict[str, Any]] = []
+    opt.register_step_post_hook(lambda *args: saved.append(copy.deepcopy(opt.state_dict())))
+    by_closures((model, opt), range(3))
+    between = [{k: v for k, v in g.items() if k not in ("params", "warmctl")} for g in opt.base.param_groups]
+    found = [{k: group[k] for k in own} for group, own in zip(saved[-1]["param_groups"], between, strict=True)]
+    assert_same(found, between)

@@ -166,3 +166,10 @@ def test_a_path_and_a_longer_run_than_the_record(tmp_path: Path) -> None:
 def test_an_impossible_fall_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="of ExponentialFall must be a number"):
         ExponentialFall(**bad)
+
+
+def test_a_record_without_thresholds_is_read_by_its_ratios() -> None:
+    """Of an optimizer without an update rule."""
+    row = {"sharpness": 0.1, "threshold": math.nan, "lr": 0.5}
+    record = History({"step": step, "stability_ratio": 0.1 * step, **row} for step in range(1, 4))
+    assert recorded_ratios(record, rate=2.0) == pytest.approx([0.4, 0.8, 1.2])

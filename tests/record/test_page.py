@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.record.helpers import row
@@ -17,6 +19,7 @@ from warmctl.record.history import History
 from warmctl.record.look import Look, look
 from warmctl.record.page import Reported, page
 from warmctl.record.parsing import as_json
+from warmctl.record.plotting import plot
 
 pytest.importorskip("plotly")
 from plotly.offline import get_plotlyjs
@@ -153,3 +156,14 @@ def test_in_a_browser(browser: Any, tmp_path: Path) -> None:
     words = tooltip(".subplot.xy2 .scatterlayer .trace .points path >> nth=3")
     assert "probe at step 8" in words and "stability ratio 0.5" in words and "sharpness 2.5" in words
     assert asked == [path.as_uri()] and said == []
+
+
+def test_a_thinned_record_with_a_loss_that_is_missing_is_drawn(tmp_path: Path) -> None:
+    losses = np.exp(-np.arange(6_000) / 2e3)
+    losses[4_000] = math.nan
+    whole = History({"step": step, "loss": loss, "scale": 1.0} for step, loss in enumerate(losses.tolist(), start=1))
+    whole.to_jsonl(tmp_path / "run.jsonl")
+    found = look(tmp_path / "run.jsonl", kept=1_000)
+    assert "loss_mean" in found.history.columns
+    assert "run" in page([Reported("run", found)], get_plotlyjs())
+    plot({"run": found.history}, path=tmp_path / "run.png")

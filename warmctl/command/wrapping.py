@@ -11,7 +11,9 @@ import gc
 import inspect
 import linecache
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from warmctl.loss.backward import graph_nodes
 from warmctl.optimizer import AdaptiveWarmup
 from warmctl.proxy import OptimizerProxy
 
@@ -116,9 +119,9 @@ class Wrapping:
         self.name = next((name for name, value in known.items() if value is model), "model")
 
     def _run_backward(self, loss: Tensor, args: Any, kwargs: Any) -> None:
-        if self.opt is None or self._in_backward or args or kwargs or loss.numel() != 1 or not loss.requires_grad:
-            self._backward(loss, *args, **kwargs)  # type: ignore[no-untyped-call]
-            return
+        plain: Callable[[], None] = partial(self._backward, loss, *args, **kwargs)
+        if self.opt is None or self._in_backward or not self._trains(loss):
+            return plain()
         if self.backward is None:
             frame = _outside_of_torch()
             self.backward = Place(frame.f_code.co_filename, frame.f_lineno)
@@ -126,9 +129,22 @@ class Wrapping:
             self.on_graph = not self.opt.sources.captured.expected
         self._in_backward = True
         try:
-            self.opt.backward(loss)
+            if not args and not kwargs:
+                self.opt.backward(loss)
+            elif self.opt.sources.in_closure:
+                plain()
+            else:
+                self.opt.backward_on_graph(loss, plain)
         finally:
             self._in_backward = False
+        return None
+
+    def _trains(self, loss: Tensor) -> bool:
+        """Whether it is a loss of parameters that the wrapper holds; another optimizer's is none of its concern."""
+        if self.opt is None or loss.numel() != 1 or not loss.requires_grad:
+            return False
+        held = {id(p) for p in self.opt.trainable}
+        return any(id(getattr(node, "variable", None)) in held for node in graph_nodes([loss]))
 
 
 def owner(optimizer: Optimizer) -> nn.Module | None:

@@ -11,14 +11,14 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("loss", "train_loss_step", "train/loss_step", "train/loss", "loss/train", "training_loss", "lm_loss"),
         *("loss_metrics/global_avg_loss", "train_loss", "train_loss_epoch", "train/loss_epoch"),
     ),
-    "lr": ("lr", "learning_rate", "train/learning_rate", "train/lr", "lr-*", "lr/*", "learning-rate"),
+    "lr": ("*warmup*/lr", "lr", "learning_rate", "train/learning_rate", "train/lr", "lr-*", "lr/*", "learning-rate"),
     "scheduled_lr": ("scheduled_lr",),
-    "scale": ("scale",),
-    "phase": ("phase",),
+    "scale": ("scale", "*warmup*/scale"),
+    "phase": ("phase", "*warmup*/phase"),
     "reason": ("reason",),
-    "stability_ratio": ("stability_ratio",),
-    "representation_change": ("representation_change",),
-    "end_slope": ("end_slope",),
+    "stability_ratio": ("stability_ratio", "*warmup*/stability_ratio"),
+    "representation_change": ("representation_change", "*warmup*/representation_change"),
+    "end_slope": ("end_slope", "*warmup*/end_slope"),
     "grad_norm": (
         *("grad_norm", "train/grad_norm", "gradient_norm", "total_grad_norm", "grad_norm_step", "gnorm"),
         "grad_*_norm_total",
@@ -40,6 +40,8 @@ LAYERS: dict[str, str] = {
 """One column a layer: σ of a norm's input; shares of saturated and of dead units; ‖Δw‖/‖w‖; gradient norm."""
 
 TEXT = ("phase", "reason")
+PHASES = ("warmup", "guard", "done")
+"""By their numbers, as loggers have them."""
 
 
 def plain(name: str) -> str:

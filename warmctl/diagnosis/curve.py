@@ -118,8 +118,10 @@ def warmup_of(log: Log, curve: Curve) -> Warmup:
 
 
 def _by_phase(log: Log, last: float) -> float:
-    steps = [step for step, phase in log.words("phase").items() if phase != "warmup"]
-    return float(min(steps, default=last))
+    """0 where it had ended before the record begins."""
+    phases = log.words("phase")
+    ended = [step for step, phase in phases.items() if phase != "warmup"]
+    return 0.0 if next(iter(phases.values())) != "warmup" else float(min(ended, default=last))
 
 
 def _by_rate(lr: Series, first: float, last: float) -> float | None:

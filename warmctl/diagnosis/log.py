@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from warmctl.diagnosis.columns import TEXT, named, of_layers
+from warmctl.diagnosis.columns import PHASES, TEXT, named, of_layers
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -44,7 +45,10 @@ class Series:
 
 
 class Log:
-    """Columns by what they are. `log["lr"]` is a Series, empty where nothing of the kind was logged."""
+    """Columns by what they are. `log["lr"]` is a Series, empty where nothing of the kind was logged.
+
+    `log["scheduled_lr"]` is the applied rate over the scale where it was not logged itself, as by `opt.scalars`.
+    """
 
     def __init__(self, name: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """`rows` are (where, row) pairs: `where` is named in errors."""
@@ -57,6 +61,12 @@ class Log:
         for column in named(kind, self._numbers):
             if cells := self._numbers[column]:
                 return _series(column, cells)
+        if kind == "scheduled_lr":
+            lr, scale = self["lr"], self["scale"]
+            together = lr.column.removesuffix("lr") == scale.column.removesuffix("scale")  # else it may not be applied
+            known = together & np.isin(scale.steps, lr.steps) & (scale.values > 0.0) & (scale.values <= 1.0)
+            at = zip(scale.steps[known], scale.values[known], strict=True)
+            return _series("lr / scale", {step: lr.at(step) / share for step, share in at})
         return _series(kind, {})
 
     def words(self, kind: str) -> dict[float, str]:
@@ -84,8 +94,8 @@ class Log:
                 self._rewind(step)
             last = step
             for key, value in row.items():
-                if key in text and isinstance(value, str):
-                    self._words[text[key]][step] = value
+                if key in text and (word := _word(text[key], value)):
+                    self._words[text[key]][step] = word
                 elif key != counted and key not in unread and value is not None and value != "":
                     self._put(str(key), step, value, where, unread)
 
@@ -106,6 +116,15 @@ class Log:
         for cells in columns:
             for later in [s for s in cells if s >= step]:
                 del cells[later]
+
+
+def _word(kind: str, value: Any) -> str:
+    """A text, or a phase by its number, as `opt.scalars` has it; "" for anything else."""
+    if kind == "phase":
+        with suppress(TypeError, ValueError):
+            if (number := number_of(value)) in range(len(PHASES)):
+                return PHASES[int(number)]
+    return value if isinstance(value, str) else ""
 
 
 def number_of(value: Any) -> float:

@@ -88,4 +88,4 @@ def _shortened(before: float, now: float) -> bool:
     if not (before > 0.0 and now > 0.0 and math.isfinite(before / now)):
         return False
     power = math.log2(now / before)
-    return abs(power - round(power)) > SHORTER
+    return power < 0.0 and abs(power - round(power)) > SHORTER

@@ -88,6 +88,10 @@ class Followers:
         self.latest.update(self.row)
         return self.levers.scales
 
+    def unlent(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """`saved`, a state dict, without what is lent for the step: a hook of it may save."""
+        return self.levers.unlent(saved)
+
     def end(self) -> None:
         """The update has been made: what was lent for it is put back."""
         self.levers.put_back()

@@ -61,11 +61,11 @@ class Unfreezing:
         self.stages = [] if stages is None else _parameters(stages)
         self._levers: Levers | None = None
         self._free, self._since = 1, 0
-        # Of the last thaw: the scale, with the share of stages, that earlier groups were at; the highest since.
-        self._before, self._highest = 0.0, 0.0
-        # Of thaws by others: how many parameters of each group train; groups that did before; the last scale.
-        self._training: list[int] = []
-        self._old, self._last = 0, 0.0
+        # Of each group: its last rate over the schedule's; what that was before the last thaw, 0 if it was thawed then.
+        self._last: list[float] = []
+        self._kept: list[float] = []
+        self._highest = 0.0  # scale since the last thaw
+        self._training: list[int] = []  # parameters of each group
 
     @classmethod
     def by_depth(cls, model: nn.Module, stages: int, **options: Any) -> Unfreezing:
@@ -108,34 +108,36 @@ class Unfreezing:
         if not self.stages:
             self._notice()
         self._highest = max(self._highest, scale)
-        held = max(self._before * scale / self._highest, scale * share) / scale if scale > 0.0 else share
-        for place, group in enumerate(levers.groups):
-            old = self._is_old(group) if self.stages else place < self._old
-            levers.multiply_rate(place, held if old else share)
-        self._since, self._last = self._since + 1, held * scale
+        kept = [*self._kept, *[0.0] * (len(levers.groups) - len(self._kept))]
+        factors = [max(before / self._highest, share) if self._highest > 0.0 else share for before in kept]
+        for place, factor in enumerate(factors):
+            levers.multiply_rate(place, factor)
+        self._since, self._last = self._since + 1, [factor * scale for factor in factors]
         ready = phase != "warmup" if self.every is None else self._since >= self.every
         if ready and self._free < len(self.stages):
-            self._before, self._highest = scale * share, 0.0
             self._free, self._since = self._free + 1, 0
             self._freeze()
+            self._keep([not self._is_new(group) for group in levers.groups])
 
     def readings(self) -> dict[str, int]:
         return {"stage": self._free}
 
     def state_dict(self) -> dict[str, float]:
-        counts = {"free": float(self._free), "since": float(self._since)}
-        others = {"old": float(self._old), "last": self._last}
-        return {**counts, "before": self._before, "highest": self._highest, **others}
+        groups = 0 if self._levers is None else len(self._levers.groups)
+        state = {"free": float(self._free), "since": float(self._since), "highest": self._highest}
+        for name, rates in (("last", self._last), ("kept", self._kept)):
+            state |= {f"{name} {i}": rates[i] if i < len(rates) else 0.0 for i in range(groups)}
+        return state
 
     def load_state_dict(self, values: dict[str, float]) -> None:
-        free, self._since = whole("free", values["free"]), whole("since", values["since"])
+        free, since = whole("free", values["free"]), whole("since", values["since"])
         if self.stages and not 1 <= free <= len(self.stages):
             raise ValueError(f"free is {free} in the state, there are {len(self.stages)} stages")
-        for name in ("before", "highest", "last"):
-            if not 0.0 <= values[name] < math.inf:
-                raise ValueError(f"{name} is {values[name]!r} in the state, it must be a number of at least 0")
-        self._free, self._before, self._highest = free, values["before"], values["highest"]
-        self._old, self._last = whole("old", values["old"]), values["last"]
+        for name, value in values.items():
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r} in the state, it must be a number of at least 0")
+        self._free, self._since, self._highest = free, since, values["highest"]
+        self._last, self._kept = ([v for k, v in values.items() if k.startswith(name)] for name in ("last ", "kept "))
         if self._levers is not None:
             self._freeze()
             self._training = self._count()
@@ -155,9 +157,14 @@ class Unfreezing:
         before += [0] * (len(now) - len(before))
         thawed = [place for place, (a, b) in enumerate(zip(before, now, strict=True)) if b > a]
         if thawed:
-            self._free, self._old = self._free + 1, thawed[0]
-            self._before, self._highest = self._last, 0.0
+            self._free += 1
+            self._keep([place < thawed[0] for place in range(len(now))])
         self._training = now
+
+    def _keep(self, old: Sequence[bool]) -> None:
+        """At a thaw: the rates of old groups, not of those that were thawed."""
+        self._kept = [rate if kept else 0.0 for rate, kept in zip(self._last, old, strict=False)]
+        self._highest = 0.0
 
     def _freeze(self) -> None:
         """Every parameter of a later stage, and no other of any stage."""
@@ -167,11 +174,11 @@ class Unfreezing:
             if p not in free:
                 p.grad = None
 
-    def _is_old(self, group: dict[str, Any]) -> bool:
-        """Whether all of its parameters that train were trained before the last thaw."""
-        new = {p for stage in self.stages[max(self._free - 1, 1) :] for p in stage}
-        new -= {p for stage in self.stages[: max(self._free - 1, 1)] for p in stage}
-        return self._before > 0.0 and not any(p in new for p in group["params"])
+    def _is_new(self, group: dict[str, Any]) -> bool:
+        """Whether some of its parameters did not train before the last thaw."""
+        new = {p for stage in self.stages[self._free - 1 :] for p in stage}
+        new -= {p for stage in self.stages[: self._free - 1] for p in stage}
+        return any(p in new for p in group["params"])
 
 
 class _Own(list[nn.Module]):

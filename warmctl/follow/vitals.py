@@ -38,8 +38,8 @@ class Vitals:
     And of the whole model:
 
     - `vitals/gradient_ratio`: first layer's gradient norm over the last's; vanishing where small.
-    - `vitals/clipped`: 1 if the gradient was shortened between backward pass and step, else 0, whatever a gradient
-      scaler has multiplied it by. Nan with several ranks, which average it between the two.
+    - `vitals/clipped`: 1 if the gradient was shortened between backward pass and step, else 0, whatever power of two a
+      gradient scaler has multiplied it by. Nan with several ranks, which average it between the two.
     - `vitals/float16_headroom`: 65504 over the largest entry of the gradient as the backward pass left it, so with the
       scaler's scale in it; below 1 float16 overflows. `vitals/float16_underflow`: share of its nonzero entries below
       2⁻²⁴, which float16 has no number for.

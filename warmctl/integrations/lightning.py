@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from warmctl.integrations import scalars, unwrap
 from warmctl.loss.backward import graph_nodes
+from warmctl.optimizer import AdaptiveWarmup
 
 
 class WarmupLogger(Callback):
@@ -33,25 +34,36 @@ class WarmupLogger(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in trainer.optimizers:
-            unwrap(optimizer).meter.prober.around = partial(_nothing_logged, trainer, pl_module)
+        for _, optimizer in _wrapped(trainer):
+            optimizer.meter.prober.around = partial(_nothing_logged, trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if pl_module.automatic_optimization:
             return
         leaves = {id(node.variable) for node in graph_nodes([loss]) if hasattr(node, "variable")}
-        for optimizer in map(unwrap, trainer.optimizers):
+        for _, optimizer in _wrapped(trainer):
             if any(id(p) in leaves for p in optimizer.trainable):
                 optimizer.backward_on_graph(loss, lambda: None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        for index, optimizer in enumerate(trainer.optimizers):
+        for index, optimizer in _wrapped(trainer):
             prefix = "warmup/" if len(trainer.optimizers) == 1 else f"warmup_{index}/"
             pl_module.log_dict(scalars(optimizer, prefix))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for optimizer in trainer.optimizers:
-            unwrap(optimizer).meter.prober.around = nullcontext
+        for _, optimizer in _wrapped(trainer):
+            optimizer.meter.prober.around = nullcontext
+
+
+def _wrapped(trainer: Trainer) -> list[tuple[int, AdaptiveWarmup]]:
+    """The wrappers among the optimizers, and their places. Raises TypeError where none of them is one."""
+    found = []
+    for place, optimizer in enumerate(trainer.optimizers):
+        with suppress(TypeError):
+            found.append((place, unwrap(optimizer)))
+    if not found and trainer.optimizers:
+        unwrap(trainer.optimizers[0])
+    return found
 
 
 @contextmanager

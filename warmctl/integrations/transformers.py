@@ -77,7 +77,7 @@ class WarmupTrainerMixin(_Base):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The Trainer's own, wrapped."""
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)  # v4 has no model
         if not isinstance(optimizer, OptimizerProxy):
             trained: Any = self.model if model is None else model
             self.optimizer = AdaptiveWarmup(optimizer, trained, **self.warmup)

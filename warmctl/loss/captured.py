@@ -23,7 +23,7 @@ from warmctl.loss.marks import GradientWatch
 from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Replay
-from warmctl.loss.scaler import SCALED
+from warmctl.loss.scaler import SCALED, scaled_back
 from warmctl.loss.source import CLOSE, EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.state import FLAG, check
 from warmctl.vectors import Vector, add_, dense_gradient, wide
@@ -33,8 +33,6 @@ NOT_CAPTURED = (
     "closure, or call opt.backward(loss) in place of loss.backward(); in the Hugging Face Trainer, put "
     "warmctl.integrations.transformers.WarmupTrainerMixin before it."
 )
-SCALED_BACK = 1e-3
-"""Relative distance from the unscaled loss's gradient, at which that of the step was scaled and scaled back."""
 
 Call = tuple[Callable[..., Any], Any, Any, list[Any]]
 """What is called again, its arguments, and the autocast modes."""
@@ -85,6 +83,7 @@ class ModelCapture:
         loss: the value of the last of these, detached.
         trained_on: whether there were such passes at the last step; a loop may ignore the model's loss.
         bare: the model returned nothing else; that may be a prediction.
+        first: of several passes what repeats the first, the random state before it, and the gradient that it has left.
         last: the last training forward of this step, whatever it returned: its arguments, and the random state before.
         scaled: a gradient scaler multiplies the loss, by however little: the weights are no part of the step's.
     """
@@ -142,6 +141,7 @@ class ModelCapture:
             self.trained_on = bool(self.weights)
         self.forwards = 0
         self.weights: list[Tensor] = []
+        self.first: tuple[Callable[[], Tensor], RandomState, Vector] | None = None
         self.loss: Tensor | None = None
         self.random_state: RandomState | None = None
         self.last: tuple[Call, RandomState] | None = None
@@ -156,8 +156,9 @@ class ModelCapture:
         """
         if self._call is None:
             return None
-        call, weight = self._call, self.weight()
+        return self._repeating(self._call, self.weight())
 
+    def _repeating(self, call: Call, weight: float) -> Callable[[], Tensor]:
         def closure() -> Tensor:
             loss = find_loss(self.again(call))
             if loss is None:
@@ -215,7 +216,10 @@ class ModelCapture:
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._pending = None  # of one that raised
         if self._recording:
-            self._watch.copy = None  # more micro-batches: the copy is not the gradient of the step
+            copy, self._watch.copy = self._watch.copy, None  # more micro-batches: it is not the gradient of the step
+            state = self.random_state
+            if copy is not None and self._call is not None and state is not None and len(self.weights) == 1:
+                self.first = self._repeating(self._call, float(self.weights[0])), state, copy
             self._pending = self._about_to_call(module, args, kwargs)
 
     def _confirm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -279,7 +283,7 @@ class CapturedSource:
         self.capture.clear()
 
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
-        """Cost: 0 where the gradient of the one pass is at hand: untouched, or a copy of it; else 1."""
+        """Cost: 0 where the gradient of the one pass is at hand, untouched or copied; else 1, at first up to 3."""
         closure = self.capture.closure()
         if closure is None:
             return None
@@ -300,13 +304,17 @@ class CapturedSource:
         reach, size = inner(step, gradient), inner(gradient, gradient)  # ⟨step, ∇L⟩ and ‖∇L‖²
         if not math.isfinite(size):
             raise ArithmeticError("the gradient of the model's own loss is not finite")
-        if single and self.verdict.untried:
+        if self.verdict.untried:
             weight = self.capture.weight()
-            scaled_back = weight != 1.0 and abs(weight * reach / size - 1.0) < SCALED_BACK
-            if distributed.everywhere(scaled_back, device):
-                self.capture.scaled = True
+            if distributed.everywhere(scaled_back(weight, weight * reach / size, single), device):
+                self.capture.scaled, self.watch.copy = True, copy
                 return self.step_loss(params, replays)
-            self._compare(step, gradient, weight, present, inner)
+            if single:
+                self._compare(step if copy is None else copy, gradient, weight, present, inner)
+            elif self.capture.first is not None:  # one of several micro-batches tells as much
+                again, state, left = self.capture.first
+                first = replays.of(again, params, state, own=True).gradient()[1]
+                self._compare(left, first, 1.0, left, inner)
             if self.verdict.repeats == NEVER:
                 return None
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of

@@ -119,7 +119,7 @@ class Replay:
         self.expected: tuple[float, Vector | None] = math.nan, None
         self.precision = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
         self._bystanders: list[Tensor] | None = None
-        self._needs_grads = self._intercepted = False
+        self._needs_grads = self._intercepted = self._differentiates = False
 
     @classmethod
     def of_loss(cls, loss: Callable[[], Tensor], params: Sequence[Tensor], **kwargs: Any) -> Replay:
@@ -218,7 +218,12 @@ class Replay:
     @_with_grads_if_needed
     def value(self) -> float:
         """The loss alone, without gradient. Cost: one forward pass, about a third of a gradient."""
-        return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
+        if not self._differentiates:
+            try:
+                return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
+            except RuntimeError:  # it may ask for derivatives of its own
+                self._differentiates = True
+        return _as_float(self._evaluate(lambda *args, **kwargs: None))
 
     def verify(self, loss: float, gradient: Vector | None) -> None:
         """Raise NotReplayable unless a second evaluation gives this loss, and this gradient if it is known;

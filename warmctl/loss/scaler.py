@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+POWERS = 16.0
+"""From which on a power of two is taken for a GradScaler's factor, not for a weight that the user gave the loss."""
+SCALED_BACK = 1e-3
+"""Relative distance from the unscaled loss's gradient, at which that of the step was scaled and scaled back."""
 SCALED = 4096.0
 """A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
 
 
 def loss_scale(loss: Tensor) -> Tensor:
-    """What a gradient scaler has multiplied `loss` by, its last operation; 1 if none has. No device waits for it."""
-    factor = getattr(loss.grad_fn, "_saved_other", None) if type(loss.grad_fn).__name__ == "MulBackward0" else None
-    if not isinstance(factor, Tensor) or factor.numel() != 1:
-        return torch.ones(())
-    factor = factor.detach().float()
-    # A GradScaler's factors are powers of two; below 16 they are taken for a weight that the user gave the loss.
-    scaled = (factor >= SCALED) | ((factor >= 16.0) & (torch.frexp(factor).mantissa == 0.5))
-    return torch.where(scaled, factor, 1.0).reshape(())
+    """What a gradient scaler has multiplied `loss` by, among its last products and quotients; 1 if none has.
+
+    No device waits for it.
+    """
+    node: Any = loss.grad_fn
+    found = torch.ones(())
+    while type(node).__name__ in ("MulBackward0", "DivBackward0"):
+        factor = node._saved_other
+        if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad:
+            break
+        if type(node).__name__ == "MulBackward0" and factor.dtype == torch.float32:  # a Python number is none
+            factor = factor.detach()
+            scaled = (factor >= SCALED) | ((factor >= POWERS) & (torch.frexp(factor).mantissa == 0.5))
+            found = found * torch.where(scaled, factor, 1.0).reshape(())
+        node = node.next_functions[0][0]
+    return found
+
+
+def scaled_back(weight: float, seen: float, single: bool) -> bool:
+    """Whether what had multiplied the loss was divided out of its gradient again, as by a GradScaler.
+
+    Args:
+        weight: what the loss was multiplied by.
+        seen: how much of the gradient without it is in that of the step: the weight; or 1, less where it was clipped.
+    """
+    power = math.log2(weight) if weight >= POWERS else 0.5
+    halfway = math.sqrt(weight) if abs(power - round(power)) < 1e-4 else 0.0
+    return weight != 1.0 and ((single and abs(seen - 1.0) < SCALED_BACK) or 0.0 < seen < halfway)

@@ -88,7 +88,8 @@ def recorded_ratios(history: History, rate: float) -> NDArray[np.float64]:
     names = ("step", "sharpness", "threshold", "stability_ratio", "lr")
     known: dict[int, float] = {}
     for step, sharpness, threshold, ratio, lr in zip(*(history[name] for name in names), strict=True):
-        per_rate = next((a / b for a, b in ((sharpness, threshold), (ratio, lr)) if a is not None and b), math.nan)
+        pairs = [(a, b) for a, b in ((sharpness, threshold), (ratio, lr)) if a is not None and b]
+        per_rate = next((a / b for a, b in pairs if math.isfinite(a / b)), math.nan)
         if step >= 1 and math.isfinite(per_rate):
             known[step] = per_rate
     if not known:

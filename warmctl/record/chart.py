@@ -83,7 +83,7 @@ def _traces(run: NamedRun, column: str) -> list[Trace]:
     steps, values = finite(run.steps, run[column])
     look = {"color": run.colour}
     if column == "loss":
-        smoothed = smooth(means(run, run[column])[np.isfinite(run[column])], bool(len(values)) and _is_log(values))
+        smoothed = smooth(means(run)[np.isfinite(run[column])], bool(len(values)) and _is_log(values))
         raw = _line(run, "loss, each step", steps, values, {**look, "width": 1}, opacity=0.3)
         return [
             raw,
@@ -139,7 +139,7 @@ def _events(run: NamedRun) -> list[Trace]:
         at = at[:EVENTS] + at[-EVENTS:]
     if not at:
         return []
-    loss = means(run, run["loss"])
+    loss = means(run)
     known = loss[np.isfinite(loss)]
     heights = np.where(np.isfinite(loss), loss, known.max() if len(known) else 0.0)[at]
     words = [text(reasons[index]) for index in at]

@@ -80,8 +80,9 @@ def draw_loss(axis: Axes, runs: list[NamedRun]) -> None:
     top = max(1.5 * abs(y[0]) if bad else y.max() for bad, (_, _, y) in zip(failed, curves, strict=True))
     log = bool(low > 0 and top > 20 * low)
     for bad, (run, x, y) in zip(failed, curves, strict=True):
-        smoothed = smooth(means(run, y), log)
-        if smoothed is not y:
+        mean = means(run)[np.isfinite(run["loss"])]
+        smoothed = smooth(mean, log)
+        if smoothed is not mean or "loss_mean" in run.history.columns:
             axis.plot(*thin(x, y), color=run.colour, linewidth=0.7, alpha=0.3, zorder=1.8, gid="raw")
         axis.plot(*thin(x, smoothed), color=run.colour, linewidth=1.5, zorder=run.layer, gid="loss")
         if bad:  # where it left the panel for good, or else where it ended
@@ -234,12 +235,11 @@ def _label_lines(axis: Axes, targets: list[float]) -> None:
         axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), fontsize=SMALL, color=INK, va=va)
 
 
-def means(run: NamedRun, losses: Floats) -> Floats:
-    """Of a thinned record the loss over the stretch of each row: its rows are the extremes."""
+def means(run: NamedRun) -> Floats:
+    """The loss; of a thinned record that over the stretch of each row, as its rows are the extremes."""
     if "loss_mean" not in run.history.columns:
-        return losses
-    means = run["loss_mean"][np.isfinite(run["loss"])]
-    return np.where(np.isfinite(means), means, losses)
+        return run["loss"]
+    return np.where(np.isfinite(run["loss_mean"]), run["loss_mean"], run["loss"])
 
 
 def _diverged(run: NamedRun, losses: Floats) -> bool:

@@ -40,6 +40,8 @@ LARGEST_SLACK = 100.0
 """Most by which the edge of a self-limiting rule is taken to be beyond its eigenvalue's."""
 LONGEST = 2.0
 """Most that a saved eigenvector, of length 1 before it was rounded to another type, may have."""
+ALIKE, UNCLIPPED = 0.99, 1e-3
+"""Cosine from which on two gradients differ in length alone; and relative difference of lengths that is rounding."""
 Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
 
@@ -62,12 +64,13 @@ class SharpnessEstimator:
         self.method, self.solve, self.steps = hvp, ESTIMATORS[estimator], steps
         self.vector: Vector | None = None
 
-    def measure(self, replay: Replay, gradient: Vector | None, seed: int) -> Measurement:
+    def measure(self, replay: Replay, gradient: Vector | None, seed: int, weight: float = 1.0) -> Measurement:
         """One probe on the loss of `replay`.
 
         Args:
             gradient: of that loss at the present parameters if it is at hand; saves one evaluation.
             seed: of Lanczos' random component.
+            weight: how often that loss is in the gradient of the step.
 
         Cost: `steps` products. Memory: snapshot, D^½, one gradient and one vector a step, all given back but the
         eigenvector.
@@ -81,7 +84,22 @@ class SharpnessEstimator:
             extra += spent
         with HessianOperator(replay, replay.params, self.method, gradient=gradient, inner=inner, step=STEP) as operator:
             found = self.measure_on(operator, seed)
+            found = found.times(self._seen(replay.params, gradient or operator.gradient, weight, inner))
         return replace(found, cost=found.cost + extra)
+
+    def _seen(self, params: Sequence[Tensor], gradient: Vector | None, weight: float, inner: Inner) -> float:
+        """The gradient of the step over that of the loss, where P has seen the first and H is of the second.
+
+        A gradient that is always clipped to c times itself makes the steps of Adam on the loss times c. Without a
+        preconditioner the loss itself is what counts: it will not be clipped for ever.
+        """
+        rule = self.rule
+        if gradient is None or rule is None or rule.preconditioner is None or rule.tolerates_overshoot:
+            return weight
+        step = [dense_gradient(p) for p in params]
+        along, square = inner(step, gradient), inner(gradient, gradient)
+        alike = along > 0.0 and along >= ALIKE * math.sqrt(square * inner(step, step))
+        return along / square if alike and abs(along / square - weight) > UNCLIPPED * weight else weight
 
     def _choose(self, replay: Replay, gradient: Vector, inner: Inner) -> tuple[str, float]:
         """Finite differences, unless forward passes round to less than float32 and an exact product says otherwise.

@@ -125,8 +125,8 @@ class Prober:
                 replay.expected = float(loss.value), loss.gradient
             else:
                 replay.moving = any(bool(dense_gradient(p).any()) for p in params if p.grad is not None)
-            found = self.estimator.measure(replay, loss.gradient, seed)
-            return replace(found.times(loss.weight), cost=found.cost + before)
+            found = self.estimator.measure(replay, loss.gradient, seed, loss.weight)
+            return replace(found, cost=found.cost + before)
 
         method = self.estimator.method
         found = self._guarded(measure, params)
