@@ -221,7 +221,9 @@ class Replay:
         if not self._differentiates:
             try:
                 return _as_float(self._evaluate(lambda *args, **kwargs: None, grad=False))
-            except RuntimeError:  # it may ask for derivatives of its own
+            except RuntimeError as error:  # it asks for derivatives of its own
+                if "does not require grad" not in str(error):
+                    raise
                 self._differentiates = True
         return _as_float(self._evaluate(lambda *args, **kwargs: None))
 
