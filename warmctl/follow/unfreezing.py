@@ -65,7 +65,7 @@ class Unfreezing:
         self._last: list[float] = []
         self._kept: list[float] = []
         self._highest = 0.0  # scale since the last thaw
-        self._training: list[int] = []  # parameters of each group
+        self._training: list[int] = []  # how many parameters of each group train
 
     @classmethod
     def by_depth(cls, model: nn.Module, stages: int, **options: Any) -> Unfreezing:
