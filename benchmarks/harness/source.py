@@ -9,12 +9,15 @@ from pathlib import Path
 
 import warmctl
 
+ROOMS = "record", "integrations", "planning", "follow", "diagnosis", "command"
+"""That have no part in a run, but for followers where a run has some."""
+
 
 @lru_cache
-def library() -> str:
-    """Of warmctl's modules that decide a run, without comments and docstrings."""
+def library(*used: str) -> str:
+    """Of warmctl's modules that decide a run, and of the `ROOMS` that it uses, without comments and docstrings."""
     package = Path(warmctl.__file__).parent
-    rooms = "record", "integrations", "planning", "follow", "diagnosis", "command"
+    rooms = [room for room in ROOMS if room not in used]
     apart = {package / "__main__.py", *(file for room in rooms for file in package.glob(f"{room}/*"))}
     files = sorted(file for file in package.rglob("*.py") if file not in apart and file.name != "__init__.py")
     return digest("".join(bare(file.read_text()) for file in files))

@@ -15,7 +15,7 @@ from benchmarks import what_is_said_of_warmup as package
 from benchmarks.harness import jobs
 from benchmarks.harness.results import RESULTS
 from benchmarks.harness.rows import Row, read
-from benchmarks.harness.source import bare, digest
+from benchmarks.harness.source import bare, digest, library
 from benchmarks.what_is_said_of_warmup.claim import Claim
 
 ROWS = RESULTS / "what_is_said_of_warmup"
@@ -88,8 +88,10 @@ def measured(job: Job) -> Row:
 
 @lru_cache
 def code(module: str) -> str:
-    """Of the module and of those beside it that it imports."""
-    return digest("".join(bare((FOLDER / f"{name}.py").read_text()) for name in sorted(set(_sources(module)))))
+    """Of the module and of those beside it that it imports, and of the library where one of them does."""
+    texts = [(FOLDER / f"{name}.py").read_text() for name in sorted(set(_sources(module)))]
+    made_with = library("follow") if any("AdaptiveWarmup(" in text for text in texts) else ""
+    return digest("".join(map(bare, texts)) + made_with)
 
 
 def _sources(module: str) -> Iterator[str]:
