@@ -19,6 +19,7 @@ from tests.diagnosis.trained import Row, batch_of, net, saturated, spread, train
 from warmctl import AdaptiveWarmup
 from warmctl.control.controller import RATIO, REPRESENTATION, SLOPE
 from warmctl.diagnosis import Diagnosis, diagnose
+from warmctl.diagnosis.files import log_of
 from warmctl.diagnosis.rules import VERDICTS
 
 pytestmark = pytest.mark.xdist_group("verdicts")  # its fixture is made once
@@ -229,3 +230,10 @@ def test_a_record_that_begins_after_warmup_has_none() -> None:
     on_guard = {"lr": 2.9e-3, "scale": 0.97, "phase": "guard"}
     rows = [{"step": step, "loss": 0.5 + math.exp(-step / 600), **on_guard} for step in range(1001, 2001)]
     assert diagnose(rows).verdict == "well warmed"
+
+
+def test_of_two_wrapped_optimizers_the_first_is_read_whole() -> None:
+    logged = {"warmup_0/scale": 0.5, "warmup_1/scale": 1.0, "warmup_1/phase": 1.0}
+    rows = [{"step": step, "loss": 1.0, **logged, "warmup_0/phase": float(step >= 50)} for step in range(100)]
+    phases = log_of(rows).words("phase")
+    assert [step for step, phase in phases.items() if phase == "guard"] == list(range(50, 100))

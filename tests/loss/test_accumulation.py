@@ -133,3 +133,19 @@ def test_of_micro_batches_too_the_models_own_loss_must_be_what_is_trained_on(own
         opt.step()
     assert any("is not what is trained on" in str(w.message) for w in caught) == (others > 0.0)
     assert math.isnan(opt.metrics["sharpness"]) == (others > 0.0)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_sixteen_micro_batches_are_no_gradient_scaler(clip: float | None) -> None:
+    def sharpness(count: int) -> float:
+        model = Returns(FORMS["dict"])
+        opt = exact_monitor(model)
+        for index in range(count):
+            model(*batch_of(index))["total"].backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        assert not opt.sources.captured.capture.scaled
+        return sharpness_of(opt) / count
+
+    assert sharpness(16) == pytest.approx(sharpness(15), rel=0.5)  # of two last micro-batches

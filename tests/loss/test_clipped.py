@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import Batch, OwnLoss, batch_of, mlp, own_loss
@@ -268,3 +268,23 @@ def test_a_gradient_clipped_by_value_is_that_of_the_loss_all_the_same() -> None:
     opt = exact_monitor(model, SGD(model.parameters(), 0.1))
     step("captured", opt, model, 0, by_value)
     assert sharpness_of(opt) == pytest.approx(expected, rel=1e-3)
+
+
+def test_weight_decay_that_joins_a_clipped_gradient_is_not_clipped() -> None:
+    def ratio(weight: float, size: float) -> float:
+        model = OwnLoss()
+        opt = exact_monitor(model, Adam(model.parameters(), 1e-3, eps=1e-30, weight_decay=1.0))
+
+        def closure() -> Tensor:
+            opt.zero_grad()
+            loss = weight * own_loss(model, batch_of(0))
+            loss.backward()
+            for p in model.parameters():
+                if p.grad is not None and size != 1.0:
+                    p.grad.mul_(size)
+            return loss
+
+        opt.step(closure)
+        return float(opt.metrics["stability_ratio"])
+
+    assert ratio(1.0, 1e-2) == pytest.approx(ratio(1e-2, 1.0), rel=1e-3)

@@ -92,3 +92,9 @@ def test_a_scaled_loss_may_be_divided_and_a_number_is_no_scaler() -> None:
     assert [float(loss_scale(loss)) for loss in (w, w * 32, w * 32.0, w / 32, w * torch.tensor(3.0), w * w)] == [
         1.0
     ] * 6
+
+
+def test_a_share_of_all_tokens_is_no_scale() -> None:
+    w = torch.ones((), requires_grad=True)
+    shares = w * torch.tensor(5000.0) / torch.tensor(10000.0), w * torch.tensor(64.0) / torch.tensor(128.0)
+    assert [float(loss_scale(loss)) for loss in shares] == [1.0, 1.0]

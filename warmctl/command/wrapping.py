@@ -26,6 +26,9 @@ from warmctl.loss.backward import graph_nodes
 from warmctl.optimizer import AdaptiveWarmup
 from warmctl.proxy import OptimizerProxy
 
+ARGUMENTS = "gradient", "retain_graph", "create_graph", "inputs"
+"""Of `Tensor.backward`, in their order."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -120,8 +123,11 @@ class Wrapping:
 
     def _run_backward(self, loss: Tensor, args: Any, kwargs: Any) -> None:
         plain: Callable[[], None] = partial(self._backward, loss, *args, **kwargs)
-        if self.opt is None or self._in_backward or not self._trains(loss):
+        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        elsewhere = given.get("inputs") is not None  # as for adversarial examples
+        if self.opt is None or self._in_backward or elsewhere or not self._trains(loss):
             return plain()
+        weight = given.get("gradient")
         if self.backward is None:
             frame = _outside_of_torch()
             self.backward = Place(frame.f_code.co_filename, frame.f_lineno)
@@ -134,7 +140,7 @@ class Wrapping:
             elif self.opt.sources.in_closure:
                 plain()
             else:
-                self.opt.backward_on_graph(loss, plain)
+                self.opt.backward_on_graph(loss if weight is None else (loss * weight).sum(), plain)
         finally:
             self._in_backward = False
         return None

@@ -85,7 +85,7 @@ class Log:
     def _take(self, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
         keys = {str(key): None for _, row in rows for key in row}
         counted = next(iter(named("step", keys)), None)
-        text = {column: kind for kind in TEXT for column in named(kind, keys)}
+        text = {column: kind for kind in TEXT for column in named(kind, keys)[:1]}
         unread: set[str] = set()  # columns with words in them
         last = -math.inf
         for number, (where, row) in enumerate(rows):
@@ -124,7 +124,8 @@ def _word(kind: str, value: Any) -> str:
         with suppress(TypeError, ValueError):
             if (number := number_of(value)) in range(len(PHASES)):
                 return PHASES[int(number)]
-    return value if isinstance(value, str) else ""
+    known = isinstance(value, str) and (kind != "phase" or value in PHASES)
+    return value if known else ""
 
 
 def number_of(value: Any) -> float:

@@ -23,7 +23,7 @@ from warmctl.loss.marks import GradientWatch
 from warmctl.loss.no_trace import measuring
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Replay
-from warmctl.loss.scaler import SCALED, scaled_back
+from warmctl.loss.scaler import POWERS, SCALED, scaled_back
 from warmctl.loss.source import CLOSE, EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.state import FLAG, check
 from warmctl.vectors import Vector, add_, dense_gradient, wide
@@ -74,7 +74,9 @@ def _compiled(model: nn.Module) -> list[nn.Module]:
 class ModelCapture:
     """Remembers the model's last training forward that returned a loss and was followed by a backward pass.
 
-    Args: copies: whether to have `watch` copy the gradient of that pass.
+    Args:
+        verdict: as long as it is open, the first of several passes is kept.
+        copies: whether `watch` is to copy the gradient of the pass under way.
 
     Attributes:
         forwards: how many there were since `clear`, whatever came of them.
@@ -83,13 +85,14 @@ class ModelCapture:
         loss: the value of the last of these, detached.
         trained_on: whether there were such passes at the last step; a loop may ignore the model's loss.
         bare: the model returned nothing else; that may be a prediction.
-        first: of several passes what repeats the first, the random state before it, and the gradient that it has left.
+        first: of several passes, as long as the verdict is open, what repeats the first, the random state before it,
+            and the gradient that it has left.
         last: the last training forward of this step, whatever it returned: its arguments, and the random state before.
         scaled: a gradient scaler multiplies the loss, by however little: the weights are no part of the step's.
     """
 
-    def __init__(self, model: nn.Module, watch: GradientWatch, copies: Callable[[], bool]) -> None:
-        self.model, self._watch, self._copies = model, watch, copies
+    def __init__(self, model: nn.Module, watch: GradientWatch, verdict: Verdict, copies: Callable[[], bool]) -> None:
+        self.model, self._watch, self._verdict, self._copies = model, watch, verdict, copies
         self._handles: list[Any] = []
         self._heard: list[nn.Module] = []
         self._enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
@@ -218,7 +221,8 @@ class ModelCapture:
         if self._recording:
             copy, self._watch.copy = self._watch.copy, None  # more micro-batches: it is not the gradient of the step
             state = self.random_state
-            if copy is not None and self._call is not None and state is not None and len(self.weights) == 1:
+            first = self._verdict.untried and len(self.weights) == 1
+            if first and copy is not None and self._call is not None and state is not None:
                 self.first = self._repeating(self._call, float(self.weights[0])), state, copy
             self._pending = self._about_to_call(module, args, kwargs)
 
@@ -263,7 +267,7 @@ class CapturedSource:
 
     def __init__(self, model: nn.Module, verdict: Verdict, watch: GradientWatch, copies: Callable[[], bool]) -> None:
         self.verdict, self.watch, self._copies = verdict, watch, copies
-        self.capture = ModelCapture(model, watch, copies)
+        self.capture = ModelCapture(model, watch, verdict, copies)
         self._sought = False
 
     @property
@@ -306,7 +310,9 @@ class CapturedSource:
             raise ArithmeticError("the gradient of the model's own loss is not finite")
         if self.verdict.untried:
             weight = self.capture.weight()
-            if distributed.everywhere(scaled_back(weight, weight * reach / size, single), device):
+            each = weight / len(self.capture.weights)  # 1 in a plain sum of micro-batches
+            back = (single or each >= POWERS) and scaled_back(weight, weight * reach / size, single)
+            if distributed.everywhere(back, device):
                 self.capture.scaled, self.watch.copy = True, copy
                 return self.step_loss(params, replays)
             if single:

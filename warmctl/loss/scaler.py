@@ -17,21 +17,23 @@ SCALED = 4096.0
 
 
 def loss_scale(loss: Tensor) -> Tensor:
-    """What a gradient scaler has multiplied `loss` by, among its last products and quotients; 1 if none has.
+    """What a gradient scaler has multiplied `loss` by, before products with and quotients by numbers; 1 if none has.
 
     No device waits for it.
     """
     node: Any = loss.grad_fn
-    found = torch.ones(())
+    found, last = torch.ones(()), True
     while type(node).__name__ in ("MulBackward0", "DivBackward0"):
         factor = node._saved_other
         if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad:
             break
-        if type(node).__name__ == "MulBackward0" and factor.dtype == torch.float32:  # a Python number is none
-            factor = factor.detach()
-            scaled = (factor >= SCALED) | ((factor >= POWERS) & (torch.frexp(factor).mantissa == 0.5))
-            found = found * torch.where(scaled, factor, 1.0).reshape(())
-        node = node.next_functions[0][0]
+        if factor.dtype == torch.float32:  # no number of Python's
+            if type(node).__name__ == "MulBackward0":
+                factor = factor.detach()
+                power = (factor >= POWERS) & (torch.frexp(factor).mantissa == 0.5)
+                found = torch.where(power | (factor >= SCALED) if last else power, factor, 1.0).reshape(())
+            break  # what comes before a tensor is a weight of the user's: n / total
+        node, last = node.next_functions[0][0], False
     return found
 
 

@@ -83,18 +83,24 @@ class SharpnessEstimator:
             self.method, spent = self._choose(replay, gradient, inner)
             extra += spent
         with HessianOperator(replay, replay.params, self.method, gradient=gradient, inner=inner, step=STEP) as operator:
-            found = self.measure_on(operator, seed)
-            found = found.times(self._seen(replay.params, gradient or operator.gradient, weight, inner))
+            if gradient is None and self._normalises and operator.method == "finite_difference":
+                operator.present_gradient()  # which its products begin with
+            seen = self._seen(replay.params, gradient or operator.gradient, weight, inner)
+            found = self.measure_on(operator, seed, seen).times(seen)
         return replace(found, cost=found.cost + extra)
+
+    @property
+    def _normalises(self) -> bool:
+        """Whether the rule divides the gradient by what it has been."""
+        return self.rule is not None and self.rule.preconditioner is not None and not self.rule.tolerates_overshoot
 
     def _seen(self, params: Sequence[Tensor], gradient: Vector | None, weight: float, inner: Inner) -> float:
         """The gradient of the step over that of the loss, where P has seen the first and H is of the second.
 
-        A gradient that is always clipped to c times itself makes the steps of Adam on the loss times c. Without a
+        A gradient that is clipped to c times itself makes the steps of Adam on the loss times c. Without a
         preconditioner the loss itself is what counts: it will not be clipped for ever.
         """
-        rule = self.rule
-        if gradient is None or rule is None or rule.preconditioner is None or rule.tolerates_overshoot:
+        if gradient is None or not self._normalises:
             return weight
         step = [dense_gradient(p) for p in params]
         along, square = inner(step, gradient), inner(gradient, gradient)
@@ -144,10 +150,11 @@ class SharpnessEstimator:
         log.info("hvp: %s; along one direction a finite difference is %.2g off the exact quotient", method, gap)
         return method, spent + cheap.cost + exact.cost
 
-    def measure_on(self, operator: HessianOperator, seed: int) -> Measurement:
-        """One probe on a Hessian that is there already."""
+    def measure_on(self, operator: HessianOperator, seed: int, weight: float = 1.0) -> Measurement:
+        """One probe on a Hessian that is there already, `weight` times as large in the step; decay is not."""
         params = operator.params
         root, shift, sign = self.scaling(params)
+        shift = [decay / weight for decay in shift]
         relative_update = self._relative_update(params, root)
         result, along = self._solve(ScaledOperator(operator, root, shift, sign), params, seed)
         self.vector = result.eigenvector if math.isfinite(result.eigenvalue) else None
