@@ -133,6 +133,6 @@ class BatchAware(SharpnessEstimator):
             self.aligned = math.sqrt(self.aligned * quotient)
         return found, along
 
-    def measure_on(self, operator: HessianOperator, seed: int) -> Measurement:
-        found = super().measure_on(operator, seed)
+    def measure_on(self, operator: HessianOperator, seed: int, weight: float = 1.0) -> Measurement:
+        found = super().measure_on(operator, seed, weight)
         return replace(found, share=found.share * math.sqrt(self.aligned))
