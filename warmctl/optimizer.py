@@ -222,7 +222,7 @@ class AdaptiveWarmup(OptimizerProxy):
         backward()
 
     def _follow_parameters(self) -> None:
-        """See which are trainable now. Those thawed or added, since a save too, were never measured: warmup restarts."""
+        """See which are trainable. Those thawed or added, since a save too, were never measured: warmup restarts."""
         self._saved.withdraw()
         if self.sources.follow(self.trainable) or 0 < self.counts.trained < len(self.sources.params):
             self.restart()
