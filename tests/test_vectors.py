@@ -12,8 +12,8 @@ from warmctl.vectors import dot, gathered, random_like, significant, square_norm
 
 
 def test_nothing_is_significant_in_a_gradient_of_zeros() -> None:
-    assert not any(keep.any() for keep in significant([torch.zeros(3), torch.zeros(0)]))
-    assert significant([torch.tensor([1.0, 1e-8, -1e-6, 0.0])])[0].tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert not any(keep.any() for keep in significant([torch.zeros(3), torch.zeros(0)], 0.0))
+    assert significant([torch.tensor([1.0, 1e-8, -1e-6, 0.0])], 1.0)[0].tolist() == [True, False, True, False]
 
 
 def test_sums_stay_in_float32_where_the_device_has_no_float64() -> None:

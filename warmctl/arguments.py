@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from warmctl.chained import ChainedOptimizer
 from warmctl.checkpoint import LAYOUT
 from warmctl.curvature.operators import METHODS
 from warmctl.distributed import FLAT, check_layout
+from warmctl.numeric import is_count, is_number
 from warmctl.proxy import OptimizerProxy
 from warmctl.stability.estimator import ESTIMATORS
 from warmctl.warning import first_line
@@ -106,29 +107,33 @@ def options(
     probe_steps: Any,
     after: Any,
     max_warmup: Any,
-    control: Any,
     seed: Any,
 ) -> None:
     """Raise unless AdaptiveWarmup's options make sense."""
-    if not (_is_number(target) and 0 < target <= 1.5):
+    if not (is_number(target) and 0 < target <= 1.5):
         raise ValueError(f"target must be in (0, 1.5], a fraction of the edge of stability at 1, got {target!r}")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}")
-    if every != "auto" and not (_is_integer(every) and every >= 1):
+    if every != "auto" and not is_count(every):
         raise ValueError(f"every must be 'auto' or a number of steps of at least 1, got {every!r}")
-    if not (_is_number(budget) and 0 < budget <= 1):
+    if not (is_number(budget) and 0 < budget <= 1):
         raise ValueError(f"budget must be in (0, 1], a share of the gradient evaluations of training, got {budget!r}")
-    if not isinstance(control, bool):
-        raise TypeError(f"control must be True or False, got {control!r}")
-    if not _is_integer(seed):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     _one_of("hvp", hvp, METHODS)
     _one_of("estimator", estimator, tuple(ESTIMATORS))
-    if not (_is_integer(probe_steps) and probe_steps >= 1):
+    if not is_count(probe_steps):
         raise ValueError(f"probe_steps must be at least 1, got {probe_steps!r}")
     _one_of("after", after, AFTER)
-    if max_warmup is not None and not (_is_integer(max_warmup) and max_warmup >= 1):
+    if max_warmup is not None and not is_count(max_warmup):
         raise ValueError(f"max_warmup must be None or a number of steps of at least 1, got {max_warmup!r}")
+
+
+def flags(**given: Any) -> None:
+    """Raise unless each is a bool."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def closure(closure: Any) -> None:
@@ -149,11 +154,3 @@ def loss(loss: Any) -> None:
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from warmctl.state import Saved
 
 NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
-FORMAT = 3.0
+FORMAT = 4.0
 LAYOUT = "param_groups", "state"
 
 Parts = list[Tensor | None]

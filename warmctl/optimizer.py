@@ -18,7 +18,7 @@ from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
 from warmctl.follow.follower import Follower
 from warmctl.follow.followers import Followers
-from warmctl.loss.nonfinite import SKIPPED
+from warmctl.loss.nonfinite import SKIPPED, NonfiniteSteps
 from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.momentum import persistence
@@ -52,7 +52,7 @@ class AdaptiveWarmup(OptimizerProxy):
     """Learning-rate warmup without `warmup_steps`, around any PyTorch optimizer.
 
     Scales the scheduled rates inside `step`, as fast as three gauges allow: the stability ratio of the coming update
-    (edge at 1) stays below `target` (SGD: is cut back to it above the edge), a step changes the layers' outputs by a
+    (edge at 1) stays below `target` (SGD is cut back to it above the edge), a step changes the layers' outputs by a
     bounded part, and the next gradients agree (where they surely undo it, it falls). Warmup ends by itself.
 
     Args:
@@ -62,7 +62,7 @@ class AdaptiveWarmup(OptimizerProxy):
         loss_fn: loss_fn(model, batch) -> scalar loss, for `observe`.
         every: steps between probes of the ratio, or "auto": the age of the run, shocks and a budget decide.
         budget: gradient evaluations for probes per one of training if `every="auto"`, beside what the age earns.
-        hvp, estimator, probe_steps, seed: see `HessianOperator`; the solver, its products a probe, its random part.
+        hvp, estimator, probe_steps, seed: see `HessianOperator`; the solver, its products, its chance (if not 2).
         after: warmup, "guard" may cut the scale and give it back; "hold" keeps it, "release" returns to the schedule.
         control: False only monitors: the trajectory is bitwise that of the bare optimizer.
         max_warmup: steps after which warmup ends in any case.
@@ -93,17 +93,19 @@ class AdaptiveWarmup(OptimizerProxy):
         skip_nonfinite: bool = False,
     ) -> None:
         optimizer = arguments.wrapped(optimizer, model)
-        arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, control, seed)
+        arguments.options(target, loss_fn, every, budget, hvp, estimator, probe_steps, after, max_warmup, seed)
+        arguments.flags(control=control, skip_nonfinite=skip_nonfinite)
         super().__init__(optimizer)
         self.model, self.control, self.counts = model, control, Counts()
-        self.sources = Sources(model, self.trainable, self._due, loss_fn, skip_nonfinite)
+        self.sources = Sources(model, self.trainable, self._due, loss_fn)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
         self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
-        self.history = History(about=configuration(optimizer, model, target=target, every=every, budget=budget))
-        self._followers = Followers(optimizer, control)
+        options = {"target": target, "every": every, "budget": budget, "after": after, "control": control}
+        self.history = History(about=configuration(optimizer, model, **options))
+        self._followers, self._nonfinite = Followers(optimizer, control), NonfiniteSteps(skip_nonfinite)
         self._made: Made | None = None  # nothing, where a step ends in an error
-        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter, AVERAGE: self._signals.slope})
+        self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter.estimator, AVERAGE: self._signals.slope})
         self._row = _row(self, Made())
         self._saved.announce_numbers()
 
@@ -152,12 +154,10 @@ class AdaptiveWarmup(OptimizerProxy):
         self._follow_parameters()
         skipped = self._lend_scaler(unscale=self.phase != "done")
         try:
-            if closure is None:
-                if not skipped:  # a GradScaler takes no closure
-                    self._decide(self.sources.loss)
-                result: Any = self.sources.nonfinite.step(self.base.step)
-            else:  # the base calls it before it reads its rates; the first call runs `_decide`
-                result = self.sources.nonfinite.step(self.base.step, _deciding(self, closure))
+            if closure is None and not skipped:  # a GradScaler takes no closure
+                self._decide(self.sources.loss)
+            deciding = None if closure is None else _deciding(self, closure)  # called before the base reads its rates
+            result: Any = self._nonfinite.step(self.base.step, deciding)
             self.meter.after_update(self._applied_scale, self.sources.params)  # if `read` has asked for it
             self.controller.changed(*self.meter.changed())
             self._saved.stepped = True
@@ -172,10 +172,11 @@ class AdaptiveWarmup(OptimizerProxy):
         rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
-        self.meter.check_even(before)
+        if before != "done" or self._nonfinite.skip:
+            self.meter.prober.ranks.check_even()  # the step will have collectives
         self.counts.steps += 1
         self.counts.gradients += (evaluations := self.sources.evaluations)
-        if self.sources.nonfinite.look(loss, params):
+        if self._nonfinite.to_skip(loss, params):
             self._made = Made(SKIPPED)
             return
         if self.phase == "done":
@@ -186,7 +187,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.cadence.step(now.norm, self.meter.expected_cost, guarding, now.evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
         reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
-        self.sources.nonfinite.make(now.finite)
+        self._nonfinite.make(now.finite)
         decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, lasting)
         if self.phase != before:
             self._signals.rest()
@@ -281,8 +282,8 @@ class AdaptiveWarmup(OptimizerProxy):
         """Resume bit for bit. A bare optimizer's state dict loads too; warmup starts from the beginning then.
 
         Raises: ValueError, naming the field, if the state does not fit or is not possible. All is as before then."""
-        slope, estimator = self._signals.slope, self.meter.estimator
-        owners = self, self.controller, self.cadence, self.meter, estimator, self.sources.watch, self._signals, slope
+        vectors = self._saved.vectors.values()
+        owners = self, self.controller, self.cadence, self.meter, self.sources.watch, self._signals, *vectors
         with all_or_nothing(self.base, self._parts(), owners):
             if self._saved.load_state_dict(state_dict):
                 if self._followers:
@@ -295,13 +296,12 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the eigenvector. The order is that of the checkpoint's format."""
-        sources = self.sources.graph, self.sources.captured, self.sources.verdict
-        counts: tuple[Saved, ...] = *self.controller.parts, self.cadence.state, self.counts
-        return *counts, *sources, self.meter, self._signals, self._followers
+        controlling = *self.controller.parts, self.cadence.state, self.counts
+        return *controlling, *self.sources.parts, self.meter, self._signals, self._followers
 
 
 def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
-    """The closure for the wrapped optimizer, watched where it may have to be evaluated again."""
+    """The closure for the base: its first call decides the step. Watched where it may have to be evaluated again."""
     looks = opt.cadence.looks_next(opt.phase == "warmup")
     watched = opt.phase != "done" and (looks or opt.sources.live or opt._due() != "")
     listening = opt.meter.prober.listening(looks)

@@ -118,16 +118,14 @@ def add_(y: Vector, x: Sequence[Tensor], alpha: float = 1.0) -> Vector:
 
 
 @torch.no_grad()
-def significant(gradient: Sequence[Tensor], largest: float | None = None) -> Vector:
-    """1 where an entry stands above the rounding of the gradient (4 eps of its largest entry), 0 elsewhere.
+def significant(gradient: Sequence[Tensor], largest: float) -> Vector:
+    """True where an entry stands above the rounding of the gradient: 4 eps of `largest`, its largest entry.
 
     Biases before batch norm and of attention keys have no gradient but rounding, and an adaptive D is huge
     there. H is zero there too, but its finite difference is noise: such entries in D^½ gave ratios 100 times
     too high.
     """
-    if largest is None:
-        largest = max((float(g.abs().max()) for g in gradient if g.numel()), default=0.0)
-    return [(g.abs() > 4 * min(torch.finfo(g.dtype).eps, FLOAT_EPS) * largest).to(g.dtype) for g in gradient]
+    return [g.abs() > 4 * min(torch.finfo(g.dtype).eps, FLOAT_EPS) * largest for g in gradient]
 
 
 @torch.no_grad()

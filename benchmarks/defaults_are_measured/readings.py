@@ -51,7 +51,7 @@ class BatchSharpness(SharpnessEstimator):
 
     def _solve(self, scaled: ScaledOperator, params: Sequence[Tensor], seed: int) -> tuple[EigenResult, float]:
         step = self._update(params, scaled.root)
-        size, share = scaled.inner(step, step), self._momentum_share()  # D holds 1 / share: taken out of the averages
+        size, share = scaled.inner(step, step), self.momentum_share()  # D holds 1 / share: taken out of the averages
         found = power_step(scaled, step)
         weight = 0.5 if self.below else 1.0
         self.above += weight * (found.eigenvalue * size * share**2 - self.above)

@@ -125,3 +125,35 @@ def test_only_losses_of_the_wrapped_optimizer_are_its_own(retain: str, tmp_path:
     exec(compile(by_hand, "by_hand", "exec"), names)
     recorded = History.from_jsonl(tmp_path / "gan.jsonl")
     assert recorded["sharpness"] == names["og"].history["sharpness"]
+
+
+ARGUMENTS_OF_BACKWARD = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+net = nn.Linear(4, 1)
+optim = torch.optim.SGD(net.parameters(), 0.1)
+x, y = torch.randn(16, 4), torch.randn(16, 1)
+for _ in range(12):
+    near = x.clone().requires_grad_()
+    ADVERSARIAL
+    optim.zero_grad()
+    loss = nn.functional.mse_loss(net(x), y)
+    loss.backward(WEIGHT)
+    optim.step()
+"""
+
+
+def test_a_backward_with_arguments(tmp_path: Path) -> None:
+    """`gradient` weighs the loss that is measured; a pass to other `inputs` is none of a step's."""
+    attack = "nn.functional.mse_loss(net(near), y).backward(inputs=[near])"
+    found = {}
+    for name, adversarial, weight in (("plain", "", ""), ("attack", attack, ""), ("weight", "", "torch.tensor(2.0)")):
+        script = ARGUMENTS_OF_BACKWARD.replace("ADVERSARIAL", adversarial).replace("WEIGHT", weight)
+        (tmp_path / f"{name}.py").write_text(script)
+        done = run(tmp_path, f"{name}.py")
+        assert done.returncode == 0, done.stderr
+        found[name] = History.from_jsonl(tmp_path / f"{name}.jsonl")["sharpness"]
+    assert found["attack"] == found["plain"]
+    assert found["weight"][0] == pytest.approx(2 * found["plain"][0], rel=1e-5)

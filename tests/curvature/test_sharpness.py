@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from tests.curvature.helpers import replay
 from tests.helpers import batch_of, loss_fn, mlp
@@ -112,16 +112,18 @@ def test_forward_differences_cost_one_evaluation_a_product() -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", "finite_difference"])
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_no_trace(method: str, own_generator: bool) -> None:
+@pytest.mark.parametrize("draws", ["globally", "loader", "sampler"])
+def test_no_trace(method: str, draws: str) -> None:
     """A model with batch norm and dropout, a shuffling loader, gradients that are there already."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 2))
     model[2].eval()
     model[0].bias.requires_grad_(False)
-    generator = torch.Generator().manual_seed(3) if own_generator else None
+    generator = None if draws == "globally" else torch.Generator().manual_seed(3)
     data = TensorDataset(torch.randn(20, 4), torch.randint(2, (20,)))
-    loader = DataLoader(data, batch_size=8, shuffle=True, generator=generator)
+    sampler = BatchSampler(RandomSampler(data, generator=generator), 8, drop_last=False)
+    inside = draws == "sampler"
+    loader = DataLoader(data, 8, True, generator=generator) if not inside else DataLoader(data, batch_sampler=sampler)
     for p in model.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad else None
     grads, state = [p.grad for p in model.parameters()], copy.deepcopy(model.state_dict())

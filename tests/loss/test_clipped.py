@@ -259,6 +259,46 @@ def test_the_steps_of_adam_do_not_depend_on_the_length_of_gradients_nor_does_the
     assert ratio(size) == pytest.approx(ratio(None), rel=1e-3)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("size", [1e-2, 0.5])
+def test_a_clipped_step_of_sgd_is_one_on_the_loss_times_what_clipping_left(source: str, size: float) -> None:
+    """Its ratio is; the sharpness is that of the loss."""
+
+    def shorten(model: nn.Module) -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(size)
+
+    model, rate, decay = OwnLoss(), 0.1, 0.3
+    expected = dense(model, batch_of(0), own_loss)
+    opt = exact_monitor(model, SGD(model.parameters(), rate, weight_decay=decay))
+    step(source, opt, model, 0, shorten)
+    assert opt.metrics["stability_ratio"] == pytest.approx(rate * (size * expected + decay) / 2, rel=1e-3)
+    assert sharpness_of(opt) == pytest.approx(expected + decay / size, rel=1e-3)
+
+
+def test_sgd_reaches_a_rate_that_clipping_alone_allows() -> None:
+    """The edge of the loss is at a tenth of the scheduled rate; of steps clipped to a hundredth, at ten times it."""
+
+    def scale(size: float) -> float:
+        model = nn.Linear(10, 1, bias=False)
+        nn.init.constant_(model.weight, 1.0)
+        opt = AdaptiveWarmup(SGD(model.parameters(), 0.2), model)
+
+        def closure() -> Tensor:
+            opt.zero_grad()
+            loss = 50 * model.weight.square().sum()  # curvature 100
+            loss.backward()
+            model.weight.grad.mul_(size)  # type: ignore[union-attr]
+            return loss
+
+        for _ in range(60):
+            opt.step(closure)
+        return float(opt.metrics["scale"])
+
+    assert scale(1.0) < 0.11 and scale(0.01) > 0.5
+
+
 def test_a_gradient_clipped_by_value_is_that_of_the_loss_all_the_same() -> None:
     def by_value(model: nn.Module) -> None:
         torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)

@@ -145,6 +145,8 @@ def test_what_is_no_bool_is_refused(value: Any) -> None:
     model = mlp()
     with pytest.raises(TypeError, match=r"skip_nonfinite must be True or False, got"):
         AdaptiveWarmup(sgd(model), model, skip_nonfinite=value)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan])
@@ -155,5 +157,5 @@ def test_a_sparse_gradient_is_looked_at_without_making_it_dense(value: float, mo
     table(torch.tensor([1, 1, 7])).sum().backward()
     table.weight.grad = table.weight.grad * value  # type: ignore[operator]
     monkeypatch.setattr(torch.Tensor, "to_dense", lambda *_: pytest.fail("it was made dense"))
-    assert opt.sources.nonfinite.look(None, list(table.parameters())) == math.isnan(value)
+    assert opt._nonfinite.to_skip(None, list(table.parameters())) == math.isnan(value)
     assert torch.equal(before, table.weight)

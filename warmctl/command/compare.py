@@ -13,7 +13,7 @@ from rich.table import Table
 
 from warmctl.command.plot import figure
 from warmctl.command.records import Runs, cell, failure, read
-from warmctl.record.curves import Floats
+from warmctl.record.curves import Floats, floats
 from warmctl.record.look import Look
 from warmctl.record.summary import summarise
 
@@ -71,7 +71,7 @@ def _values(run: Look, last: int) -> list[float]:
 
 
 def _column(run: Look, name: str) -> Floats:
-    return np.array([np.nan if value is None else value for value in run.history[name]], np.float64)
+    return floats(run.history[name])
 
 
 def _extreme(values: Floats, sign: int) -> float:

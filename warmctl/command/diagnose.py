@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from warmctl.command.records import failure
+from warmctl.command.records import failure, unreadable
 from warmctl.record.shown import shown
 
 
@@ -24,7 +24,7 @@ def diagnose(
         try:
             words = diagnose_command(path)
         except OSError as error:
-            raise failure(f"{path}: {(error.strerror or str(error)).lower()}") from None
+            raise unreadable(path, error) from None
         except ValueError as error:
             raise failure(str(error)) from None
         typer.echo("\n".join(map(shown, words.splitlines())))

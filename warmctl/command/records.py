@@ -21,7 +21,7 @@ def read(paths: list[Path]) -> dict[str, Look]:
         try:
             found[name] = look(path)
         except OSError as error:
-            raise failure(f"{path}: {(error.strerror or str(error)).lower()}") from None
+            raise unreadable(path, error) from None
         except ValueError as error:
             raise failure(str(error)) from None
         if not found[name].history:
@@ -37,6 +37,11 @@ def names(paths: list[Path]) -> list[str]:
         [str(path) for path in paths],
     )
     return next((names for names in candidates if len(set(names)) == len(names)), candidates[-1])
+
+
+def unreadable(path: Path, error: OSError) -> typer.Exit:
+    """`failure` for a file that the system does not give, or does not take."""
+    return failure(f"{path}: {(error.strerror or str(error)).lower()}")
 
 
 def failure(message: str) -> typer.Exit:

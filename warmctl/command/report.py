@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from warmctl.command.records import Runs, failure, read
+from warmctl.command.records import Runs, failure, read, unreadable
+from warmctl.diagnosis import diagnose
 from warmctl.record.about import read_about
 from warmctl.record.look import Look
 from warmctl.record.page import Reported, page
@@ -34,16 +35,12 @@ def report(
     try:
         target.write_text(page(reported, get_plotlyjs()), encoding="utf-8")
     except OSError as error:
-        raise failure(f"{target}: {(error.strerror or str(error)).lower()}") from None
+        raise unreadable(target, error) from None
     typer.echo(f"wrote {shown(target)}")
 
 
 def diagnosis(seen: Look) -> list[str]:
     """Verdict, evidence and advice, a paragraph each; nothing where there are too few losses for one."""
-    try:
-        from warmctl.diagnosis import diagnose
-    except ImportError:
-        return []
     try:
         found = diagnose(seen.history)
     except ValueError:

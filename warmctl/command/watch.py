@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from warmctl.command.records import failure
+from warmctl.command.records import failure, unreadable
 from warmctl.record.parsing import Row, parse_row
 from warmctl.record.shown import shown
 
@@ -48,7 +48,7 @@ def watch(
     except KeyboardInterrupt:
         return
     except OSError as error:
-        raise failure(f"{run}: {(error.strerror or str(error)).lower()}") from None
+        raise unreadable(run, error) from None
     except ValueError as error:
         raise failure(str(error)) from None
 

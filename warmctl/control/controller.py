@@ -174,11 +174,6 @@ class Controller:
         """The scale of the last step: the controller's, shortened where that step's gradient called for it."""
         return self.state.scale * self.state.shortening
 
-    @property
-    def moving(self) -> bool:
-        """Whether the scale still changes although warmup is done."""
-        return self.phase == "done" and self.after == "release" and self.state.scale < 1.0 and self._measured
-
     def rising(self, rate: float) -> bool:
         """Whether the rate that would be applied is above any that warmup has seen."""
         return self.ending.is_high(self.state.scale * rate)
@@ -204,7 +199,8 @@ class Controller:
         s.age += 1
         s.shortening = min(1.0, s.shortening * RECOVERY)
         if self.phase == "done":
-            s.scale = min(1.0, s.scale * RELEASE_GROWTH) if self.moving else s.scale
+            if self.after == "release" and self._measured:
+                s.scale = min(1.0, s.scale * RELEASE_GROWTH)
             return self._decision(rate)
         self.slope.take(end_slope)
         if reading is not None and not reading.ok:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from warmctl.curvature.eigen import EigenResult, lanczos
 from warmctl.curvature.operators import HessianOperator
-from warmctl.loss.random_state import RandomState
+from warmctl.loss.random_state import RandomState, stream_put_back
 from warmctl.loss.replay import Replay
 from warmctl.vectors import Vector, add_, dot, locals_of
 
@@ -143,36 +143,29 @@ def _is_several(batch: Any) -> bool:
 
 def _read(batches: Iterable[Any], random_state: RandomState) -> list[tuple[Any, float]]:
     """The batches with their share of the rows. Random numbers that a loader draws are put back."""
-    generators = {
-        id(g): g
-        for owner in (batches, getattr(batches, "sampler", None))
-        if isinstance(g := getattr(owner, "generator", None), torch.Generator)
-    }
-    states = [(g, g.get_state()) for g in generators.values()]
-    try:
-        kept = list(batches)
-    finally:
-        random_state.restore()
-        for generator, state in states:
-            generator.set_state(state)
-    sizes = [_rows(batch) for batch in kept]
+    with stream_put_back(batches):
+        try:
+            kept = list(batches)
+        finally:
+            random_state.restore()
+    sizes = [_size(batch) for batch in kept]
     if not sum(sizes):
         raise ValueError("there are no batches to measure on: the iterable is empty (or was read before)")
     return [(batch, n / sum(sizes)) for batch, n in zip(kept, sizes, strict=True) if n]
 
 
-def _rows(batch: Any) -> int:
-    first = _first_tensor(batch)
-    if first is None:
+def _size(batch: Any) -> int:
+    found = rows_of(batch)
+    if found is None:
         raise ValueError(
             f"a batch of several must hold a tensor, whose first dimension is its size; got {type(batch).__name__}"
         )
-    return first.shape[0]
+    return found
 
 
-def _first_tensor(tree: Any) -> Tensor | None:
-    """The first tensor with a dimension."""
-    if isinstance(tree, Tensor):
-        return tree if tree.ndim else None
-    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (tuple, list)) else ()
-    return next((t for item in items if (t := _first_tensor(item)) is not None), None)
+def rows_of(batch: Any) -> int | None:
+    """First dimension of the first tensor of a batch that has one; None if there is none."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.ndim else None
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((n for item in items if (n := rows_of(item)) is not None), None)

@@ -23,8 +23,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("grad_norm", "train/grad_norm", "gradient_norm", "total_grad_norm", "grad_norm_step", "gnorm"),
         "grad_*_norm_total",
     ),
-    "loss_scale": ("loss_scale", "train/loss_scale", "grad_scale", "amp_scale", "vitals/loss_scale"),
-    "overflow": ("overflow", "overflows", "found_inf", "skipped", "vitals/overflow"),
+    "loss_scale": ("loss_scale", "train/loss_scale", "grad_scale", "amp_scale"),
+    "overflow": ("overflow", "overflows", "found_inf", "skipped"),
     "clipped": ("clipped", "clip", "clip_event", "vitals/clipped"),
     "clip_norm": ("clip_norm", "max_grad_norm", "gradient_clip_val"),
 }

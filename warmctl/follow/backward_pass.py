@@ -12,7 +12,7 @@ from torch import Tensor
 from warmctl import distributed
 from warmctl.follow.sampling import Sample
 from warmctl.loss.no_trace import measuring
-from warmctl.vectors import gathered, local, squares
+from warmctl.vectors import gathered, local, squares, strided
 
 LARGEST, SMALLEST = 65504.0, 2.0**-24
 """The largest float16, and the smallest above 0."""
@@ -79,8 +79,7 @@ class BackwardPass:
         self._left = squares(gradients).sum(), largest, small.sum() / (entries > 0).sum().clamp(min=1)
 
     def _gradients(self) -> list[Tensor]:
-        held = [local(p.grad) for p in self.params if p.grad is not None]
-        return [g if g.layout == torch.strided else g.coalesce().values() for g in held]
+        return [strided(local(p.grad)) for p in self.params if p.grad is not None]
 
 
 def _shortened(before: float, now: float) -> bool:

@@ -14,7 +14,7 @@ from warmctl.follow.follower import Follower, Levers
 from warmctl.state import FLAG, POSITIVE, check
 from warmctl.warning import first_line, warn
 
-Reading = float | int | str
+Value = float | int | str
 
 
 class Followers:
@@ -31,8 +31,8 @@ class Followers:
 
     def __init__(self, optimizer: Optimizer, control: bool) -> None:
         self.levers, self.control = Levers(optimizer), control
-        self.row: dict[str, Reading] = {}
-        self.latest: dict[str, Reading] = {}
+        self.row: dict[str, Value] = {}
+        self.latest: dict[str, Value] = {}
         self._all: list[Follower] = []
         self._dropped: dict[int, int] = {}  # and the size of its state
 

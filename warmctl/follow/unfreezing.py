@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from warmctl.follow.follower import Levers
 from warmctl.follow.kept import whole
+from warmctl.numeric import is_count
 
 Stage = nn.Module | Iterable[nn.Module]
 
@@ -55,7 +56,7 @@ class Unfreezing:
     def __init__(self, stages: Sequence[Stage] | None, gamma: float = 0.5, every: int | None = None) -> None:
         if not 0.0 <= gamma < math.inf:
             raise ValueError(f"gamma must be at least 0, the exponent of the share of free stages, got {gamma!r}")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        if every is not None and not is_count(every):
             raise ValueError(f"every must be None or a number of steps of at least 1, got {every!r}")
         self.gamma, self.every = gamma, every
         self.stages = [] if stages is None else _parameters(stages)

@@ -14,7 +14,8 @@ from warmctl.follow.backward_pass import BackwardPass
 from warmctl.follow.follower import Levers
 from warmctl.follow.kept import whole
 from warmctl.follow.sampling import Sample
-from warmctl.vectors import local, squares
+from warmctl.numeric import is_count
+from warmctl.vectors import local, squares, strided
 from warmctl.warning import warn
 
 WEIGHTS = 4096
@@ -73,7 +74,7 @@ class Vitals:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         for name, value in (("every", every), ("layers", layers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.every, self.sampled = every, 0
         weights = _weights(model)
@@ -159,7 +160,6 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _norms(gradients: Sequence[Tensor | None]) -> list[float]:
     """Nan where there is none."""
-    held = [local(g) for g in gradients if g is not None]
-    dense = [g if g.layout == torch.strided else g.coalesce().values() for g in held]
-    found = iter(squares(dense).sqrt().tolist() if dense else [])
+    held = [strided(local(g)) for g in gradients if g is not None]
+    found = iter(squares(held).sqrt().tolist() if held else [])
     return [math.nan if g is None else next(found) for g in gradients]

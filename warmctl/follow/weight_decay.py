@@ -9,6 +9,7 @@ from torch.optim import SGD
 
 from warmctl.follow.follower import Levers
 from warmctl.follow.kept import whole
+from warmctl.numeric import is_count
 from warmctl.rates import learning_rate
 from warmctl.stability.update_rules import update_rule
 
@@ -52,7 +53,7 @@ class WeightDecay:
     def __init__(self, mode: str = "compensate", over: int | None = None) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        if over is not None and (isinstance(over, bool) or not isinstance(over, int) or over < 1):
+        if over is not None and not is_count(over):
             raise ValueError(f"over must be None or a number of steps of at least 1, got {over!r}")
         self.mode, self.over = mode, over
         self._levers: Levers | None = None

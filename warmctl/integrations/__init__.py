@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from warmctl.optimizer import AdaptiveWarmup
-from warmctl.record.scalars import scalars as scalars_of
 
 
 def unwrap(optimizer: Any) -> AdaptiveWarmup:
@@ -24,4 +23,4 @@ def unwrap(optimizer: Any) -> AdaptiveWarmup:
 
 def scalars(optimizer: Any, prefix: str = "warmup/") -> dict[str, float]:
     """The finite numbers among `metrics`, as a logger takes them; "warmup/phase" is 0, 1 or 2."""
-    return scalars_of(unwrap(optimizer).metrics, prefix)
+    return unwrap(optimizer).scalars(prefix)

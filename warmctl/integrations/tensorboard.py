@@ -9,7 +9,8 @@ from warmctl.integrations import scalars, unwrap
 
 def log(writer: Any, optimizer: Any) -> None:
     """The wrapper's numbers as scalars of `writer`, a `SummaryWriter`, at its step; a reason as text."""
-    step, reason = unwrap(optimizer).metrics["step"], unwrap(optimizer).metrics["reason"]
+    metrics = unwrap(optimizer).metrics
+    step, reason = metrics["step"], metrics["reason"]
     for name, value in scalars(optimizer).items():
         writer.add_scalar(name, value, step)
     if reason:

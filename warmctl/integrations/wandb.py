@@ -15,8 +15,5 @@ def log(run: Any, optimizer: Any) -> None:
     metrics = unwrap(optimizer).metrics
     if metrics["step"] <= 1:
         run.define_metric("warmup/*", step_metric="warmup/step")
-    run.log({**scalars(optimizer), **_said(metrics["reason"])}, commit=False)
-
-
-def _said(reason: str) -> dict[str, str]:
-    return {"warmup/reason": reason} if reason else {}
+    said = {"warmup/reason": metrics["reason"]} if metrics["reason"] else {}
+    run.log({**scalars(optimizer), **said}, commit=False)

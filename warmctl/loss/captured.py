@@ -95,7 +95,7 @@ class ModelCapture:
         self.model, self._watch, self._verdict, self._copies = model, watch, verdict, copies
         self._handles: list[Any] = []
         self._heard: list[nn.Module] = []
-        self._enabled, self.trained_on, self.scaled, self.bare = True, True, False, False
+        self.trained_on, self.scaled, self.bare = True, False, False
         self._hear(model, *_plain(model))  # the compiled one is looked for once nothing was heard
         self.forwards = 0
         self._hooked: list[tuple[weakref.ref[Tensor], Any]] | None = None
@@ -103,16 +103,14 @@ class ModelCapture:
 
     @property
     def enabled(self) -> bool:
-        """Whether forwards are recorded. False leaves the hooks in place; see `remove`."""
-        return self._enabled
+        """Whether forwards are recorded."""
+        return bool(self._handles)
 
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._enabled = value
-        if value:
-            if not self._handles:
-                self._hear(self.model, *_plain(self.model))
-            self.find_compiled()
+    def record(self) -> None:
+        """Record forwards, as from the start, if none are."""
+        if not self._handles:
+            self._hear(self.model, *_plain(self.model))
+        self.find_compiled()
 
     def _hear(self, *modules: nn.Module) -> None:
         for module in modules:
@@ -132,8 +130,7 @@ class ModelCapture:
         return bool(found)
 
     def remove(self) -> None:
-        """Record no more forwards, until enabled again. They need not pass through hooks then."""
-        self._enabled = False
+        """Record no more forwards. They need not pass through hooks then."""
         self._heard = []
         while self._handles:
             self._handles.pop().remove()
@@ -257,8 +254,10 @@ class ModelCapture:
         return [float(self.enabled), float(self.trained_on), float(self.scaled)]
 
     def load_state_values(self, values: list[float]) -> None:
-        self.enabled, self.trained_on, self.scaled = map(bool, values)
-        if not self.enabled:
+        recording, self.trained_on, self.scaled = map(bool, values)
+        if recording:
+            self.record()
+        else:
             self.remove()
 
 

@@ -26,17 +26,13 @@ class NonfiniteSteps:
 
     Attributes:
         skipping: whether the present step is one.
-
-    Raises: TypeError for a `skip` that is no bool.
     """
 
     def __init__(self, skip: bool) -> None:
-        if not isinstance(skip, bool):
-            raise TypeError(f"skip_nonfinite must be True or False, got {skip!r}")
         self.skip, self.skipping = skip, False
         self._said = False
 
-    def look(self, loss: Tensor | None, params: list[Tensor]) -> bool:
+    def to_skip(self, loss: Tensor | None, params: list[Tensor]) -> bool:
         """Whether the coming step, whose gradient is there, is to be skipped: the same on every rank.
 
         Cost: a pass over the gradient; waits for the device, and for the other ranks. Nothing if none is skipped.
@@ -58,7 +54,7 @@ class NonfiniteSteps:
         """`step(evaluate)`, or nothing but the evaluation where the step is to be skipped.
 
         Args:
-            step: of the wrapped optimizer. evaluate: its closure, at whose first call `look` is called; None if that
+            step: of the wrapped optimizer. evaluate: its closure, at whose first call `to_skip` is called; None if that
                 was done.
         """
         try:

@@ -1,14 +1,18 @@
-"""Every random stream that a training step may draw from, read and put back."""
+"""Every random stream that a training step or a loader may draw from, read and put back."""
 
 from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+WITHIN = ("sampler", "batch_sampler", "dataset")
+"""Where a loader keeps what draws for it."""
 
 
 class RandomState:
@@ -29,6 +33,29 @@ class RandomState:
             torch.get_device_module(device).set_rng_state(state, device)
         _NUMPY.restore(*self.numpy)
         random.setstate(self.python)
+
+
+@contextmanager
+def stream_put_back(batches: Any) -> Iterator[None]:
+    """Generators of a loader and of its samplers stand afterwards where they stood. An iterator's own place is lost."""
+    held = {id(g): g for owner in _owners(batches) for g in vars(owner).values()}.values()
+    of_torch = [(g, g.get_state()) for g in held if isinstance(g, torch.Generator)]
+    of_numpy = [(g.bit_generator, g.bit_generator.state) for g in held if isinstance(g, np.random.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in of_torch:
+            generator.set_state(state)
+        for bits, numbers in of_numpy:
+            bits.state = numbers
+
+
+def _owners(batches: Any, depth: int = 3) -> Iterator[Any]:
+    if depth and hasattr(batches, "__dict__"):
+        yield batches
+        for name in WITHIN:
+            if name in vars(batches):
+                yield from _owners(vars(batches)[name], depth - 1)
 
 
 class _NumpyState:

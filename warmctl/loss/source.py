@@ -43,7 +43,7 @@ class StepLoss:
 
 
 class Source(Protocol):
-    """One way from a user's loop to its loss. `ready` costs nothing; `step_loss` at most two evaluations."""
+    """One way from a user's loop to its loss. `ready` costs nothing; `step_loss` at most three evaluations."""
 
     @property
     def ready(self) -> bool:
@@ -64,7 +64,7 @@ class Verdict:
     """What the first probe found out about evaluating the loss again, for every later one.
 
     Attributes:
-        repeats: one of `EXACT`, `CLOSE`, `NEVER`, `UNTRIED`.
+        repeats: one of `EXACT`, `CLOSE`, `NEVER`, `UNTRIED`; less than that by 1 for each comparison that failed.
         why_not: what to tell the user.
     """
 

@@ -14,10 +14,10 @@ from warmctl.loss.captured import CapturedSource
 from warmctl.loss.closure import ClosureRun, ClosureSource, evaluated, value_of
 from warmctl.loss.live_graph import LiveGraph
 from warmctl.loss.marks import GradientWatch
-from warmctl.loss.nonfinite import NonfiniteSteps
 from warmctl.loss.observed import ObservedSource
 from warmctl.loss.replay import Closure, Replay
 from warmctl.loss.source import EXACT, NEVER, Replays, Source, StepLoss, Verdict
+from warmctl.state import Saved
 from warmctl.warning import warn
 
 Decide = Callable[[Tensor | None], None]
@@ -55,7 +55,6 @@ class Sources:
         params: list[Tensor],
         due: Callable[[], str],
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-        skip_nonfinite: bool = False,
     ) -> None:
         self.verdict = Verdict()
         self.watch, self._due = GradientWatch(params), due
@@ -63,12 +62,16 @@ class Sources:
         self.observed = ObservedSource(model, loss_fn)
         self.captured = CapturedSource(model, self.verdict, self.watch, self._copies)
         self.graph = LiveGraph()
-        self.nonfinite = NonfiniteSteps(skip_nonfinite)
         self.in_closure = self._checked = False
 
     def in_order(self) -> tuple[Source, ...]:
         """Of those that can be evaluated again; the live graph comes last, where none of them is ready."""
         return self.closure, self.observed, self.captured
+
+    @property
+    def parts(self) -> tuple[Saved, ...]:
+        """What a checkpoint keeps of them."""
+        return self.graph, self.captured, self.verdict
 
     @property
     def ready(self) -> bool:
@@ -82,7 +85,7 @@ class Sources:
         return run is not None and run.skipped and not self.ready and not self.graph.passes
 
     def step_loss(self, params: list[Tensor], replays: Replays) -> StepLoss | None:
-        """That loss, from the first source that has it. Cost: at most 2, at the first probe."""
+        """That loss, from the first source that has it. Cost: at most 3, at the first probe."""
         for source in self.in_order():
             if source.ready and (found := source.step_loss(params, replays)) is not None:
                 return found
@@ -216,7 +219,8 @@ class Sources:
 
     def wake(self) -> None:
         """Undo `rest`."""
-        self.captured.capture.enabled = self.watch.marking = True
+        self.captured.capture.record()
+        self.watch.marking = True
 
     def resume(self) -> None:
         """A saved state was loaded, which says itself whether forwards are recorded."""

@@ -56,9 +56,21 @@ def _no_mkldnn() -> Iterator[None]:
         mkldnn.enabled = before
 
 
+@contextmanager
+def _no_fastpath() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 EAGER = Switch(_eager)
 """Compiled modules run as they were written."""
 MATH = Switch(lambda: sdpa_kernel(SDPBackend.MATH), lambda: torch.backends.cudnn.flags(enabled=False))
 """Attention and recurrences by kernels that can be differentiated twice."""
 NO_MKLDNN = Switch(_no_mkldnn)
 """Its recurrences have no forward derivative."""
+NO_FASTPATH = Switch(_no_fastpath)
+"""The fused kernel of `nn.MultiheadAttention` and of transformer layers has none."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from warmctl import arguments
+from warmctl.numeric import is_count, is_number
 from warmctl.proxy import OptimizerProxy
 from warmctl.vectors import local
 
@@ -36,21 +34,11 @@ def loss_function(call: str, given: Any) -> None:
 
 def count(name: str, given: Any, least: int = 1) -> None:
     """Raise unless None or an integer of at least `least`."""
-    if given is None:
-        return
-    if not isinstance(given, Integral) or isinstance(given, bool) or int(given) < least:
+    if given is not None and not is_count(given, least):
         raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
 
 
 def rate(name: str, given: Any) -> None:
     """Raise unless a number above 0."""
-    if not isinstance(given, Real) or isinstance(given, bool) or not 0 < float(given) < float("inf"):
+    if not is_number(given) or not 0 < float(given) < float("inf"):
         raise ValueError(f"{name} must be a learning rate above 0, got {given!r}")
-
-
-def rows(batch: Any) -> int | None:
-    """First dimension of the first tensor of a batch that has one; None if there is none."""
-    if isinstance(batch, Tensor):
-        return int(batch.shape[0]) if batch.ndim else None
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((n for item in items if (n := rows(item)) is not None), None)

@@ -16,8 +16,7 @@ from warmctl.curvature.operators import HessianOperator
 from warmctl.curvature.scaled import ScaledOperator
 from warmctl.loss.replay import Replay
 from warmctl.planning.double import double_of, first_rate, put_back, set_rates, take_step
-from warmctl.rates import learning_rate
-from warmctl.stability.estimator import SharpnessEstimator
+from warmctl.stability.step_scale import StepScale
 from warmctl.stability.update_rules import UpdateRule
 from warmctl.vectors import Vector, add_, dot, locals_of
 
@@ -54,19 +53,19 @@ def measure_edge(
     replay: Replay, gradient: Vector, double: Optimizer, rule: UpdateRule, *, tol: float, steps: int, raw: bool
 ) -> Edge:
     """The edge of the coming step of `double`, a step with `gradient`, which is in the parameters' `.grad`."""
-    root, shift, sign = SharpnessEstimator(double, rule, "auto", "lanczos", 2).scaling(replay.params)
+    step = StepScale(double, rule)
+    root, shift, sign = step.scaling(replay.params)
     with HessianOperator(replay, replay.params, central=raw) as operator:
         found = []
         if raw:
             found.append(_top(operator, gradient, tol, steps))
         scaled = ScaledOperator(operator, root, shift, sign)
         found.append(_top(scaled, list(torch._foreach_mul(gradient, root)), tol, steps))
-        threshold = next(rule.threshold(g) for g in double.param_groups if learning_rate(g) > 0)
         return Edge(
             sharpness=found[0].eigenvalue if raw else math.nan,
-            ratio=found[-1].eigenvalue * (share := _share(double, rule)),
+            ratio=found[-1].eigenvalue * (share := step.momentum_share()),
             share=share,
-            threshold=threshold,
+            threshold=step.reference()[1],
             residual=max(result.residual / max(abs(result.eigenvalue), 1e-30) for result in found),
             converged=all(result.converged for result in found),
             products=operator.hvps,
@@ -81,16 +80,6 @@ def sharpness_of(replay: Replay, gradient: Vector, tol: float, steps: int) -> Ei
 
 def _top(operator: SymmetricOperator, start: Vector, tol: float, steps: int) -> EigenResult:
     return lanczos(operator, start=start, noise=1.0, tol=tol, steps=steps)
-
-
-def _share(double: Optimizer, rule: UpdateRule) -> float:
-    """The least momentum share of the parameters that move."""
-    shares = [1.0]
-    for group in double.param_groups:
-        states = [double.state.get(p, {}) for p in group["params"] if p.grad is not None]
-        if rule.momentum_share is not None:
-            shares += [float(q) for q in rule.momentum_share(states, group)]
-    return min(shares)
 
 
 def loss_rises_from(

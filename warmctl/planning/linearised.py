@@ -5,16 +5,15 @@ Dot-product attention has no Lipschitz constant, but at a given batch its Jacobi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from warmctl.loss.switches import MATH, NO_FASTPATH
 from warmctl.planning.operator_norm import operator_norm
 from warmctl.vectors import wide
 
@@ -56,22 +55,10 @@ def jacobian_norms(node: fx.Node, values: Mapping[fx.Node, Any], module: nn.Modu
             product: Tensor = jvp(output, (at,), (parts,))[1]
             return product
 
-        with _differentiable():
+        with MATH, NO_FASTPATH:
             return operator_norm(along, torch.cat([tensor.flatten() for tensor in at.values()]))
 
     return norm
-
-
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    """Without kernels that have no forward derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _alike(node: fx.Node, module: nn.Module | None) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from warmctl.curvature.sharpness import rows_of
 from warmctl.loss.no_trace import no_trace
 from warmctl.loss.replay import Replay
 from warmctl.planning import checks
@@ -78,7 +79,7 @@ def plan(
     if not 0 < target <= 1.5:
         raise ValueError(f"target must be in (0, 1.5], a fraction of the edge of stability at 1, got {target!r}")
     before = ReferenceRun.of(reference)
-    rows = checks.rows(batch)
+    rows = rows_of(batch)
     figures, reasons = _measured(model, loss_fn, batch, base)
     _warmup(figures, reasons, before, total_steps, target)
     _batch_size(figures, reasons, before, base, rows, batch_size)

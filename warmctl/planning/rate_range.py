@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warmctl.loss.no_trace import no_trace
+from warmctl.loss.random_state import stream_put_back
 from warmctl.loss.replay import Replay
 from warmctl.planning import checks
 from warmctl.planning.double import double_of, peak_rates, proportions, put_back, set_rates, take_step
 from warmctl.planning.edge import measure_edge
-from warmctl.planning.stream import endless, stream_put_back
 from warmctl.record.history import History
 from warmctl.stability.update_rules import update_rule
 from warmctl.vectors import dense_gradient
@@ -112,7 +112,7 @@ def rate_range(
         sweep = _Sweep(model, loss_fn, double_of(base), params, proportions(peak_rates(base)))
         rates = np.geomspace(low, high, steps)
         due = set(np.linspace(0, steps - 1, probes).round().astype(int)) if update_rule(base) and probes else set()
-        history = History(sweep.rows(endless(batches, steps), rates.tolist(), due, smoothing))
+        history = History(sweep.rows(_endless(batches, steps), rates.tolist(), due, smoothing))
     return RateRange(history, *suggestions(history, steps), sweep.diverged)
 
 
@@ -216,3 +216,22 @@ def _check_sweep(low: Any, high: Any, steps: Any, smoothing: Any, probes: Any) -
     checks.count("probes", probes, 0)
     if not (isinstance(smoothing, float | int) and 0 < smoothing <= 1):
         raise ValueError(f"smoothing must be in (0, 1], the share of the newest loss, got {smoothing!r}")
+
+
+def _endless(batches: Iterable[Any], wanted: int) -> Iterator[Any]:
+    """Batches without end: begun again where they run out, as epochs are.
+
+    Raises: ValueError where there are none, or where an iterator, which cannot be begun again, ends early.
+    """
+    seen = 0
+    while True:
+        before = seen
+        for batch in batches:
+            seen += 1
+            yield batch
+        if seen == before:
+            held = f"ended after {seen}" if seen else "are empty"
+            raise ValueError(
+                f"batches {held}, and {wanted} are needed: give a DataLoader or a list, which can be begun again, "
+                "or fewer steps"
+            )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from warmctl.numeric import is_number
 from warmctl.planning.warmup import ExponentialFall
 from warmctl.record.history import History
 
@@ -43,7 +43,7 @@ class ReferenceRun:
     def __post_init__(self) -> None:
         positive("rate of ReferenceRun", self.rate)
         positive("batch_size of ReferenceRun", self.batch_size)
-        if self.warmup_steps is not None and not (_is_number(self.warmup_steps) and self.warmup_steps >= 0):
+        if self.warmup_steps is not None and not (is_number(self.warmup_steps) and self.warmup_steps >= 0):
             raise ValueError(f"warmup_steps of ReferenceRun must be at least 0, got {self.warmup_steps!r}")
 
     @classmethod
@@ -51,7 +51,7 @@ class ReferenceRun:
         """From what `plan` was given; its history read, if it is a record."""
         if isinstance(reference, cls):
             run = reference
-        elif isinstance(reference, tuple) and len(reference) == 2 and all(map(_is_number, reference)):
+        elif isinstance(reference, tuple) and len(reference) == 2 and all(map(is_number, reference)):
             run = cls(*reference)
         else:
             run = cls(history=reference)
@@ -68,7 +68,7 @@ class ReferenceRun:
 
 def positive(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is None or a number above 0."""
-    if value is not None and not (_is_number(value) and 0 < value < float("inf")):
+    if value is not None and not (is_number(value) and 0 < value < float("inf")):
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
@@ -83,7 +83,3 @@ def _read(history: Any) -> History | ExponentialFall:
         "reference must be a pair (rate, batch_size), a History, rows or the path of a JSONL file, an ExponentialFall, "
         f"or a ReferenceRun of these, got {type(history).__name__}"
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

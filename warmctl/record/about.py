@@ -18,7 +18,7 @@ LARGEST = 1 << 20
 
 
 def configuration(optimizer: Any, model: Any, **options: Any) -> About:
-    """Optimizer, model and the wrapper's options in words. Costs nothing: no value of a parameter is read."""
+    """Optimizer, model and these options of the wrapper in words. Costs nothing: no value of a parameter is read."""
     params = list(model.parameters())
     about = {
         "model": {

@@ -1,13 +1,19 @@
-"""What is done to a curve before it is drawn: smoothed, thinned, freed of what is not finite."""
+"""What is done to a curve before it is drawn: made of numbers, smoothed, thinned, freed of what is not finite."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+
+
+def floats(column: Iterable[Any]) -> Floats:
+    """A column of a history, nan where it has no value."""
+    return np.array([np.nan if value is None else value for value in column], np.float64)
 
 
 def smooth(y: Floats, log: bool) -> Floats:

@@ -38,8 +38,8 @@ from warmctl.record.schedule import RecordedWarmup
 class StepRow(NamedTuple):
     """What a step leaves behind, in the order of the columns; `History.record` takes it as it is.
 
-    `representation_change` and `end_slope` are as last read in warmup, nan before; `reason` says what was done or
-    what holds the scale below 1, "" at the full rate.
+    `representation_change` is as last read, `end_slope` too while warmup lasts, nan before; `reason` says what was done
+    or what holds the scale below 1, "" at the full rate.
     """
 
     step: int

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from warmctl.record.curves import Floats
+from warmctl.record.curves import Floats, floats
 from warmctl.record.history import History
 from warmctl.record.parsing import Value, parse_row
 from warmctl.record.row_files import lines_of
@@ -54,7 +54,7 @@ def look(path: str | os.PathLike[str], kept: int = KEPT) -> Look:
     width = 5 * _estimated_rows(path) // kept
     if width < 10:
         history = History.from_jsonl(path)
-        return Look(history, len(history), _share(*_over(_numbers(history["stability_ratio"]))))
+        return Look(history, len(history), _share(*_over(floats(history["stability_ratio"]))))
     thinned = _Thinned(path, width)
     with open(path, "rb") as stream:
         for number, lines in _blocks(stream):
@@ -123,7 +123,7 @@ class _Thinned:
     def _whole(self, number: int, line: bytes) -> None:
         if line.strip() and (row := self._read(number, line)):
             self.rows += 1
-            self._count(_numbers([row.get("stability_ratio")]))
+            self._count(floats([row.get("stability_ratio")]))
             self.history.append({**row, "loss_mean": row.get("loss")})
 
     def _read(self, number: int, line: bytes) -> dict[str, Value] | None:
@@ -172,10 +172,6 @@ def _number(text: bytes) -> float:
         return float(text)
     except ValueError:
         return {b'"NaN"': np.nan, b'"Infinity"': np.inf, b'"-Infinity"': -np.inf, b"true": 1.0}.get(text, np.nan)
-
-
-def _numbers(values: list[Value]) -> Floats:
-    return np.array([np.nan if v is None else v for v in values], np.float64)
 
 
 def _extremes(values: Floats) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from warmctl.record.curves import Floats, finite, thin
+from warmctl.record.curves import Floats, finite, floats, thin
 from warmctl.record.shown import shown
 
 WIDTH, HEIGHT, POINTS, REASONS = 640, 70, 1_500, 8
@@ -42,7 +42,7 @@ def as_html(rows: Rows) -> str:
 
 def _curve(title: str, steps: Floats, column: Sequence[Any]) -> str:
     """A line with its lowest and highest value; nothing where nothing is known."""
-    x, y = finite(steps, np.array([np.nan if value is None else value for value in column], np.float64))
+    x, y = finite(steps, floats(column))
     if not len(y):
         return ""
     x, y = thin(x, y, POINTS)

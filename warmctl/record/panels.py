@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from warmctl.record.curves import Floats, all_equal, finite, smooth, thin
+from warmctl.record.curves import Floats, all_equal, finite, floats, smooth, thin
 from warmctl.record.history import History, WarmupEnd
 from warmctl.record.scales import limits, padded
 from warmctl.record.shown import plain
@@ -46,12 +46,12 @@ class NamedRun:
     history: History
     steps: Floats
     end: WarmupEnd | None
-    layer: float
+    zorder: float
     """Order of drawing: the first run lies over the later ones."""
 
     def __getitem__(self, column: str) -> Floats:
         """The column as it can be drawn: what is beyond 1e±30 lies there, or at zero."""
-        values = np.array([np.nan if v is None else v for v in self.history[column]], dtype=np.float64)
+        values = floats(self.history[column])
         values = np.where(np.isfinite(values), values.clip(-DRAWN, DRAWN), values)
         return np.where(np.abs(values) < 1 / DRAWN, 0.0, values)
 
@@ -84,7 +84,7 @@ def draw_loss(axis: Axes, runs: list[NamedRun]) -> None:
         smoothed = smooth(mean, log)
         if smoothed is not mean or "loss_mean" in run.history.columns:
             axis.plot(*thin(x, y), color=run.colour, linewidth=0.7, alpha=0.3, zorder=1.8, gid="raw")
-        axis.plot(*thin(x, smoothed), color=run.colour, linewidth=1.5, zorder=run.layer, gid="loss")
+        axis.plot(*thin(x, smoothed), color=run.colour, linewidth=1.5, zorder=run.zorder, gid="loss")
         if bad:  # where it left the panel for good, or else where it ended
             at = min(int(np.flatnonzero(y <= top)[-1]) + 1, len(y) - 1)
             cross: dict[str, Any] = {"ms": 7, "mec": "white", "mew": 0.7, "clip_on": False}
@@ -101,7 +101,7 @@ def draw_ratio(axis: Axes, runs: list[NamedRun]) -> None:
         values.append(ratio[np.isfinite(ratio) & (ratio > 0)])
         probes += int(probed.sum())
         size = 3.2 if probed.sum() <= 150 else 1.8
-        look: dict[str, Any] = {"color": run.colour, "zorder": run.layer}
+        look: dict[str, Any] = {"color": run.colour, "zorder": run.zorder}
         axis.plot(*thin(run.steps, ratio), linewidth=1.0, alpha=0.7, gid="ratio", **look)
         axis.plot(run.steps[probed], ratio[probed], "o", ms=size, mew=0, gid="probes", **look)
     found = np.concatenate(values)
@@ -146,7 +146,7 @@ def _draw_carried(axis: Axes, runs: list[NamedRun], column: str) -> Floats:
         curve = np.where(warm, run[column], np.nan)
         values.append(curve[np.isfinite(curve)])
         look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1.0, "alpha": 0.7, "gid": column}
-        axis.plot(*thin(run.steps, curve), color=run.colour, zorder=run.layer, **look)
+        axis.plot(*thin(run.steps, curve), color=run.colour, zorder=run.zorder, **look)
     return np.concatenate(values)
 
 
@@ -157,7 +157,7 @@ def draw_rate(axis: Axes, runs: list[NamedRun]) -> None:
     values = []
     for run, scheduled in zip(runs, schedules, strict=True):
         values += [run["lr"], scheduled]
-        axis.plot(*thin(run.steps, run["lr"]), color=run.colour, linewidth=1.5, zorder=run.layer, gid="applied")
+        axis.plot(*thin(run.steps, run["lr"]), color=run.colour, linewidth=1.5, zorder=run.zorder, gid="applied")
         if np.isfinite(scheduled).any():
             colour = MUTED if shared else run.colour
             curve = thin(run.steps, scheduled)

@@ -128,7 +128,7 @@ def _load(history: Run | Mapping[str, Run]) -> list[NamedRun]:
         if not rows:
             raise ValueError(f"nothing to draw: {name or 'the history'} has no rows")
         steps = np.array(rows["step"], np.float64)
-        runs.append(NamedRun(name, palette[i], rows, steps, warmup_end(rows), layer=3 - i / len(named)))
+        runs.append(NamedRun(name, palette[i], rows, steps, warmup_end(rows), zorder=3 - i / len(named)))
     if not runs:
         raise ValueError("nothing to draw: no runs given")
     return runs

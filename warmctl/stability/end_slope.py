@@ -56,13 +56,12 @@ class EndSlope:
             self.followed = len(params)
             return None
         moved = [(p, a, dense_gradient(p)) for p, a in zip(params, average, strict=True) if p.grad is not None]
-        back = average  # in place, without a temporary vector: half the time of one with
-        torch._foreach_sub_(back, parts)  # −M/β
-        slopes = products([g for _, _, g in moved], [b for _, b, _ in moved])
+        torch._foreach_sub_(average, parts)  # −M/β, in place: half the time of a temporary vector
+        slopes = products([g for _, _, g in moved], [back for _, back, _ in moved])
         slope = sum_over_shards([p for p, _, _ in moved], slopes)
-        length = sum_over_shards(params, squares(back))
-        for b, now in zip(back, parts, strict=True):
-            torch.add(now, b, alpha=MEMORY, out=b)
+        length = sum_over_shards(params, squares(average))
+        for back, now in zip(average, parts, strict=True):
+            torch.add(now, back, alpha=MEMORY, out=back)
         return slope, length
 
     def _of_last_step(self, params: list[Tensor], parts: Vector) -> Vector | None:

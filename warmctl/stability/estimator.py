@@ -21,10 +21,10 @@ from warmctl.curvature.operators import HessianOperator
 from warmctl.curvature.scaled import ScaledOperator
 from warmctl.curvature.tracking import power_step, ritz_step
 from warmctl.loss.replay import Replay
-from warmctl.rates import learning_rate
 from warmctl.stability.measurement import Measurement
+from warmctl.stability.step_scale import StepScale
 from warmctl.stability.update_rules import UpdateRule
-from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like, significant
+from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like
 from warmctl.warning import first_line
 
 log = logging.getLogger("warmctl")
@@ -46,7 +46,7 @@ Inner = Callable[[Vector, Vector], float]
 ESTIMATORS = {"lanczos": lanczos, "power": power_iteration}
 
 
-class SharpnessEstimator:
+class SharpnessEstimator(StepScale):
     """Tracks r₁ of an optimizer with a known update rule.
 
     Args:
@@ -60,7 +60,7 @@ class SharpnessEstimator:
     def __init__(
         self, optimizer: torch.optim.Optimizer, rule: UpdateRule | None, hvp: str, estimator: str, steps: int
     ) -> None:
-        self.optimizer, self.rule = optimizer, rule
+        super().__init__(optimizer, rule)
         self.method, self.solve, self.steps = hvp, ESTIMATORS[estimator], steps
         self.vector: Vector | None = None
 
@@ -83,24 +83,19 @@ class SharpnessEstimator:
             self.method, spent = self._choose(replay, gradient, inner)
             extra += spent
         with HessianOperator(replay, replay.params, self.method, gradient=gradient, inner=inner, step=STEP) as operator:
-            if gradient is None and self._normalises and operator.method == "finite_difference":
+            if gradient is None and operator.method == "finite_difference":
                 operator.present_gradient()  # which its products begin with
             seen = self._seen(replay.params, gradient or operator.gradient, weight, inner)
             found = self.measure_on(operator, seed, seen).times(seen)
+        if self.rule is not None and self.rule.preconditioner is None:
+            found = replace(found, sharpness=found.sharpness * weight / seen)  # of the loss itself
         return replace(found, cost=found.cost + extra)
 
-    @property
-    def _normalises(self) -> bool:
-        """Whether the rule divides the gradient by what it has been."""
-        return self.rule is not None and self.rule.preconditioner is not None and not self.rule.tolerates_overshoot
-
     def _seen(self, params: Sequence[Tensor], gradient: Vector | None, weight: float, inner: Inner) -> float:
-        """The gradient of the step over that of the loss, where P has seen the first and H is of the second.
-
-        A gradient that is clipped to c times itself makes the steps of Adam on the loss times c. Without a
-        preconditioner the loss itself is what counts: it will not be clipped for ever.
+        """The gradient of the step over that of the loss: one that is clipped to c times itself makes a step on the
+        loss times c.
         """
-        if gradient is None or not self._normalises:
+        if gradient is None:
             return weight
         step = [dense_gradient(p) for p in params]
         along, square = inner(step, gradient), inner(gradient, gradient)
@@ -158,10 +153,10 @@ class SharpnessEstimator:
         relative_update = self._relative_update(params, root)
         result, along = self._solve(ScaledOperator(operator, root, shift, sign), params, seed)
         self.vector = result.eigenvector if math.isfinite(result.eigenvalue) else None
-        rate, threshold = self._reference()
-        share = self._momentum_share()
+        rate, threshold = self.reference()
+        share = self.momentum_share()
         ratio = result.eigenvalue * share
-        noisy = self._self_limiting() and math.isfinite(along)
+        noisy = self.self_limiting() and math.isfinite(along)
         slack = _step_slack(result.eigenvalue, along) if noisy else 1.0
         return Measurement(
             ratio=ratio,
@@ -192,6 +187,18 @@ class SharpnessEstimator:
         steps = 2 * self.steps if cold else self.steps
         return self.solve(scaled, start=start, steps=steps, tol=0.0, noise=0.0), math.nan
 
+    @property
+    def has_vector(self) -> bool:
+        """Whether there is an eigenvector."""
+        return self.vector is not None
+
+    def vector_of(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        """This process's part of the last eigenvector, by parameter; zeros if there is none of these shapes."""
+        vector, shapes = self.vector, locals_of(params)
+        if vector is None or [v.shape for v in vector] != [t.shape for t in shapes]:  # frozen or thawed since
+            vector = [torch.zeros_like(t) for t in shapes]
+        return dict(zip(params, vector, strict=True))
+
     def load_vector(self, vector: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
         """Continue from a saved eigenvector; a gap is zero, and zeros alone mean that there was none.
 
@@ -206,40 +213,6 @@ class SharpnessEstimator:
         if not square <= LONGEST**2:
             raise ValueError(f"warmctl_vector has squared length {square:g} in the checkpoint, it must be 1")
         self.vector = parts if square > 0.0 else None
-
-    def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:
-        """D^½ (zero where the coming step moves nothing), coupled weight decay per tensor, and the sign of H."""
-        assert self.rule is not None
-        known = {id(p): i for i, p in enumerate(params)}
-        root = [torch.zeros_like(t) for t in locals_of(params)]
-        shift = [0.0] * len(params)
-        for group in self.optimizer.param_groups:
-            members = [p for p in group["params"] if id(p) in known and p.grad is not None]
-            states = [_local_state(self.optimizer.state.get(p, {})) for p in members]
-            grads = [dense_gradient(p) for p in members]
-            scale = self.rule.scale(locals_of(members), grads, states, group)
-            # Decoupled decay takes its part of the edge: 1 − ηw/2 of it is left.
-            left = max(self.rule.threshold(group) / self.rule.edge(group), 1e-6)
-            for p, d in zip(members, scale, strict=True):
-                root[known[id(p)]] = d.div_(left).clamp_(min=0.0).sqrt_()
-                shift[known[id(p)]] = self.rule.coupled_decay(group)
-        if self.rule.preconditioner is not None:
-            gradient = [dense_gradient(p) for p in params]
-            largest = max((float(g.abs().max()) for g in gradient if g.numel()), default=0.0)
-            for r, kept in zip(root, significant(gradient, distributed.largest(largest, root[0].device)), strict=True):
-                r.masked_fill_(kept == 0, 0.0)  # not times 0: without an eps it may be infinite there
-        sign = -1.0 if self.optimizer.param_groups[0].get("maximize", False) else 1.0
-        return root, shift, sign
-
-    def _momentum_share(self) -> float:
-        """The least q of the parameters; D is of the coming step, whose edge is q·τ while momentum is still filling."""
-        assert self.rule is not None
-        shares = [1.0]
-        for group in self.optimizer.param_groups:
-            states = [_local_state(self.optimizer.state.get(p, {})) for p in group["params"] if p.grad is not None]
-            if self.rule.momentum_share is not None:
-                shares += [float(q) for q in self.rule.momentum_share(states, group)]
-        return max(min(shares), 1e-6)
 
     def _start(self, root: Vector, params: Sequence[Tensor], inner: Inner, seed: int) -> Vector:
         """The last eigenvector and a little of the preconditioned gradient with random signs; at first its own signs.
@@ -275,21 +248,9 @@ class SharpnessEstimator:
         ratios = [change / size for change, size in zip(changes, usual, strict=True) if change > 0.0]
         if not ratios:
             return 0.0
-        _, threshold = self._reference()
-        weight = INCOHERENT if self._self_limiting() else 1.0
-        return statistics.median(ratios) * threshold * self._momentum_share() * weight
-
-    def _self_limiting(self) -> bool:
-        assert self.rule is not None
-        return all(self.rule.self_limiting(group) for group in self.optimizer.param_groups)
-
-    def _reference(self) -> tuple[float, float]:
-        """Rate and threshold of the first group with a rate above 0."""
-        assert self.rule is not None
-        for group in self.optimizer.param_groups:
-            if learning_rate(group) > 0:
-                return learning_rate(group), self.rule.threshold(group)
-        return 0.0, self.rule.threshold(self.optimizer.param_groups[0])
+        _, threshold = self.reference()
+        weight = INCOHERENT if self.self_limiting() else 1.0
+        return statistics.median(ratios) * threshold * self.momentum_share() * weight
 
 
 def _step_slack(eigenvalue: float, along: float) -> float:
@@ -302,7 +263,3 @@ def _step_slack(eigenvalue: float, along: float) -> float:
     if along * math.sqrt(LARGEST_SLACK) <= eigenvalue:
         return LARGEST_SLACK if eigenvalue > 0.0 else 1.0
     return max((eigenvalue / along) ** 2, 1.0)
-
-
-def _local_state(state: dict[str, object]) -> dict[str, object]:
-    return {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}

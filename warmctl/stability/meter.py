@@ -1,17 +1,15 @@
 """Every reading of a run: made on a loss that is evaluated again, on a live graph, or along the update just made.
 
-Which of the three depends on the optimizer and on the loop; the meter keeps count of what all of them cost.
+Which of the four depends on the optimizer and on the loop; the meter keeps count of what all of them cost.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -114,11 +112,6 @@ class Meter:
         products = self.last.hvps / self.probe_steps or 1.0  # twice as many at the first
         return max(self.last.cost / products, 1.0)
 
-    def check_even(self, phase: str) -> None:
-        """Raise RuntimeError if a rank may run out of batches before others, where the step has collectives."""
-        if phase != "done" or self.sources.nonfinite.skip:
-            self.prober.ranks.check_even()
-
     def read(
         self, due: str, params: list[Tensor], rate: float, each_step: bool, scale: float = 1.0
     ) -> Measurement | None:
@@ -195,22 +188,6 @@ class Meter:
         measured = self._on_graph is not None
         self._update = self._on_graph = self._look_rate = self._before = None
         return measured
-
-    @property
-    def has_vector(self) -> bool:
-        """Whether there is an eigenvector."""
-        return self.estimator.vector is not None
-
-    def load_vector(self, parts: Sequence[Tensor | None], params: list[Tensor]) -> None:
-        """Continue from a saved eigenvector."""
-        self.estimator.load_vector(parts, params)
-
-    def vector_of(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
-        """This process's part of the last eigenvector, by parameter; zeros if there is none of these shapes."""
-        vector, shapes = self.estimator.vector, locals_of(params)
-        if vector is None or [v.shape for v in vector] != [t.shape for t in shapes]:  # frozen or thawed since
-            vector = [torch.zeros_like(t) for t in shapes]
-        return dict(zip(params, vector, strict=True))
 
     def _probe(self, params: list[Tensor]) -> Measurement | None:
         """Now, if a loss can be evaluated again; else a word to measure on the next step's graph."""
