@@ -7,12 +7,24 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from warmctl.control.cadence import Cadence
-from warmctl.control.controller import FLOOR, PATIENT_STEPS, RETURN, UNMEASURED, Controller, Decision, Reading
+from warmctl.control.controller import (
+    EVIDENCE,
+    FLOOR,
+    PATIENT_STEPS,
+    RETURN,
+    SHORTENED,
+    UNMEASURED,
+    WAITING,
+    Controller,
+    Decision,
+    Reading,
+)
 
 Curve = Callable[[int], float]
 STEPS = 600
@@ -261,6 +273,27 @@ def test_a_surprise_shortens_the_step_whatever_became_of_its_probe(reading: Read
     for _ in range(50):
         controller.update(1.0, Reading(0.45))
     assert controller.update(1.0, reading, surprise=50.0).scale == pytest.approx(0.1)
+
+
+def test_a_shortened_step_says_so_and_no_longer_than_it_lasts() -> None:
+    controller = Controller(0.5)
+    for _ in range(50):
+        controller.update(1.0, Reading(0.45))
+    said = [controller.update(1.0, surprise=50.0 if step == 0 else 1.0) for step in range(20)]
+    assert [SHORTENED in decision.reason for decision in said] == [decision.scale < 1.0 for decision in said]
+    assert said[0].reason == SHORTENED and not said[-1].reason
+
+
+def test_a_rate_that_only_lacks_a_reading_says_so() -> None:
+    """The next gradients agree, r is far from target, and there is no more to hear of either."""
+    controller = Controller(0.8)
+    decisions = [controller.update(1.0, Reading(1e-3, relative_update=1.0) if t == 0 else None, 0.4) for t in range(90)]
+    held = [d for before, d in pairwise(decisions) if d.scale == before.scale]
+    assert len(held) > 50 and {d.reason for d in held} == {WAITING}
+    assert held[-1].scale == pytest.approx(EVIDENCE * decisions[0].scale)
+    decisions += [controller.update(1.0, None, 0.4) for _ in range(300)]
+    (ended,) = [d.reason for d in decisions if d.reason.startswith("warmup ended")]
+    assert ended.endswith(WAITING)
 
 
 def test_restart_begins_again() -> None:

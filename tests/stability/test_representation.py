@@ -32,7 +32,9 @@ from tests.stability.outputs import (
     tokens,
     trainable,
 )
+from warmctl import AdaptiveWarmup
 from warmctl.loss.replay import Replay
+from warmctl.stability.probe import BLIND
 from warmctl.stability.representation import CALLS, RepresentationChange
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[[nn.Module], list[nn.Module]]]] = {
@@ -267,6 +269,62 @@ def test_an_output_that_is_no_longer_finite(value: float) -> None:
             model[-1].bias[0] = value
 
     assert measured(model, squared(model, sequence()), spoil) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "held", [nn.ParameterList, lambda factors: nn.ParameterDict({"a": factors[0], "b": factors[1]})]
+)
+def test_a_module_that_holds_its_parameters_in_a_list_is_a_layer(held: Callable[[list[Tensor]], nn.Module]) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            factors = [torch.randn(6, 4), torch.randn(4, 3)]
+            self.held = held(factors)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for factor in self.parameters():
+                x = x @ factor
+            return x
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Product(), nn.Tanh()), sequence()
+    twin = copy.deepcopy(model)
+    assert measured(model, squared(model, x)) == pytest.approx(exact(twin, [twin[0]], squared(twin, x)), rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["closure", "observed"])
+def test_where_nothing_is_heard_a_look_is_half_as_dear_and_that_is_said_once(
+    source: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(6, 3)
+
+    def loss_fn(model: nn.Linear, x: Tensor) -> Tensor:  # type: ignore[override]
+        return nn.functional.linear(x, model.weight, model.bias).square().mean()
+
+    caplog.set_level("INFO", "warmctl")
+    opt = AdaptiveWarmup(torch.optim.SGD(model.parameters(), 0.1), model, every=1000, loss_fn=loss_fn)
+    spent: list[float] = []
+    look = opt.meter.prober.look
+    monkeypatch.setattr(opt.meter.prober, "look", lambda params: spent.append(look(params)) or spent[-1])
+    for _ in range(30):
+        x = torch.randn(8, 6)
+
+        def closure(x: Tensor = x) -> Tensor:
+            opt.zero_grad()
+            loss = loss_fn(model, x)
+            loss.backward()
+            return loss
+
+        if source == "closure":
+            opt.step(closure)
+        else:
+            opt.observe(x)
+            closure()
+            opt.step()
+    assert math.isnan(opt.metrics["representation_change"]) and opt.meter.last is not None
+    assert len(spent) > 8 and spent == pytest.approx([1 / 3] * len(spent))
+    assert opt.counts.cost == pytest.approx(opt.meter.last.cost + sum(spent))
+    assert [record.message for record in caplog.records if "no layer's output" in record.message] == [BLIND]
 
 
 def test_where_no_layer_can_be_seen() -> None:

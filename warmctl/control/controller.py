@@ -62,13 +62,15 @@ RELEASE_GROWTH = 1.05
 """Growth a step back to the schedule with `after="release"`."""
 
 PHASES = ("warmup", "guard", "done")
-NOTHING, RATIO, REPRESENTATION, SLOPE, UNDONE, RISING, ENDED, UNKNOWN = (
+NOTHING, RATIO, REPRESENTATION, SLOPE, UNDONE, RISING, WAITING, SHORTENED, ENDED, UNKNOWN = (
     "",
     "the stability ratio is at target",
     "a step may not move the representations further",
     "the next gradients do not agree that steps should be longer",
     "the next gradients undo the last steps",
     "the rate is rising",
+    "the next reading is waited for",
+    "the gradient is far longer than it was: the step is shortened",
     "held where warmup ended",
     "nothing has been measured yet",
 )
@@ -291,7 +293,9 @@ class Controller:
             return f"cut from scale {before:.3g} to {s.scale:.3g}: {holder}"
         if s.scale >= 1.0:
             return NOTHING
-        return holder if s.scale >= limit else RISING if s.scale > before else SLOPE
+        if s.scale >= limit:
+            return holder
+        return RISING if s.scale > before else WAITING if s.scale >= EVIDENCE * s.measured_scale else SLOPE
 
     @property
     def _undone(self) -> bool:
@@ -352,4 +356,6 @@ class Controller:
     def _decision(self, rate: float, reason: str = "") -> Decision:
         s = self.state
         ratio = self.applied * s.forecast * rate
+        if s.shortening < 1.0 and reason in (NOTHING, RISING, ENDED):
+            reason = SHORTENED
         return Decision(self.applied, self.phase, ratio, ratio / (self.target * s.share), reason)

@@ -23,8 +23,9 @@ from warmctl.vectors import Vector, copied_gradients, dense_gradient
 from warmctl.warning import first_line
 
 NOT_REPLAYABLE = (
-    "the closure cannot be repeated: {error}. Draw the batch outside of the closure, or give AdaptiveWarmup a loss_fn "
-    "and call opt.observe(batch) before opt.step()."
+    "the closure cannot be repeated: {error}. Draw the batch, and what your own generators give, outside of the "
+    "closure, and keep a hidden state for the next step after opt.step(); or give AdaptiveWarmup a loss_fn and call "
+    "opt.observe(batch) before opt.step()."
 )
 
 ON_ANOTHER_RANK = "the closure could not be repeated on another rank"

@@ -5,6 +5,7 @@ A probe that fails is a Measurement with a reason: nothing that goes wrong in he
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,11 @@ from warmctl.stability.representation import RepresentationChange
 from warmctl.vectors import Vector, add_, dense_gradient, locals_of
 from warmctl.warning import first_line
 
+log = logging.getLogger("warmctl")
+BLIND = (
+    "representation_change: no layer's output is seen, for the loss goes past the forward of the model's modules (or "
+    "they are scripted); the rate grows by the other gauges alone"
+)
 Result = TypeVar("Result")
 FORWARD = 1.0 / 3.0
 """Cost of a forward pass, in gradient evaluations."""
@@ -106,6 +112,7 @@ class Prober:
         self._replays = Replays(model)
         self._change = RepresentationChange(model)
         self._looked_at: Replay | None = None
+        self._said_blind = False
 
     @property
     def ranks(self) -> Ranks:
@@ -226,7 +233,11 @@ class Prober:
         if isinstance(found, Measurement):
             self._looked_at = None
             return spent or found.cost
-        self._looked_at = found
+        blind = found is not None and not self._change.heard
+        if blind and not self._said_blind:
+            log.info(BLIND)
+        self._said_blind = self._said_blind or blind
+        self._looked_at = found if not blind or distributed.world_size() > 1 else None  # ranks meet after the update
         return spent
 
     def changed(self) -> tuple[float, float]:

@@ -29,6 +29,9 @@ CALLS = 16
 UNMOVED = 1e-6
 """Relative change up to which an output counts as unmoved: kernels that add in no fixed order give as much."""
 
+HOLDERS = nn.ParameterList, nn.ParameterDict
+"""Modules that are never called."""
+
 Call = tuple[int, int, torch.Size]
 """The layer's place in the model, its how-manieth call in this evaluation, the shape of its output."""
 Samples = dict[Call, Tensor]
@@ -38,9 +41,10 @@ class RepresentationChange:
     """The relative representation change of an update: the median over layers of ‖b − a‖ / ‖a‖.
 
     a is the output of a layer on the step's batch before the update, b after it. A layer is any module that owns a
-    parameter, frozen or not; called several times, it is a layer each time, as an unrolled recurrence is. Of a tuple or
-    mapping the first tensor with a dimension is taken. Left out are outputs that were exactly zero, whose change has no
-    scale, and those that the update did not move, as in a frozen trunk below the layers that are trained.
+    parameter, frozen or not, itself or in a `ParameterList`; called several times, it is a layer each time, as an
+    unrolled recurrence is. Of a tuple or mapping the first tensor with a dimension is taken. Left out are outputs that
+    were exactly zero, whose change has no scale, and those that the update did not move, as in a frozen trunk below the
+    layers that are trained.
 
     Norms are taken on a fixed random sample of `SAMPLE` entries, whole where there are no more. The relative standard
     error of one layer's change is then √((κ − 1) / 2n), κ being the entries' kurtosis: 1.6 % for normal ones, 6 % at a
@@ -68,7 +72,7 @@ class RepresentationChange:
     @property
     def heard(self) -> bool:
         """Whether there is something to compare with."""
-        return self._before is not None
+        return bool(self._before)
 
     @torch.no_grad()
     def before(self, replay: Replay) -> None:
@@ -186,11 +190,14 @@ class _Sampler:
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that own a parameter, but for those that only compute a parametrised weight."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or "parametrizations" in name.split("."):
-            continue
-        owned = any(p is not None for p in module._parameters.values())
-        if owned or nn.utils.parametrize.is_parametrized(module):
+        unheard = isinstance(module, (torch.jit.ScriptModule, *HOLDERS)) or "parametrizations" in name.split(".")
+        if not unheard and (_owns(module) or nn.utils.parametrize.is_parametrized(module)):
             yield module
+
+
+def _owns(module: nn.Module) -> bool:
+    holders = [module, *(child for child in module.children() if isinstance(child, HOLDERS))]
+    return any(p is not None for holder in holders for p in holder._parameters.values())
 
 
 def _representation(output: Any) -> Tensor | None:
