@@ -5,7 +5,7 @@
     python -m benchmarks.tasks fresh --tasks 40                   both sides again on runs that picked nothing
     python -m benchmarks.tasks report                             tables and figure from the rows there are
 
-`--split test` is for a law that is finished; each look is written to looks.txt beside the rows.
+`--split test` and `--split other` are for a law that is finished; each look is written to looks.txt beside the rows.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import typer
 from benchmarks.harness.results import RESULTS, console
 from benchmarks.tasks import report as reports, runs
 from benchmarks.tasks.policies import LINEAR, OURS, POLICIES, applies
-from benchmarks.tasks.tasks import DEVELOPMENT, RATES, TEST, task
+from benchmarks.tasks.tasks import RATES, SPLITS, task
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0] if __doc__ else None)
 Rows = Annotated[Path, typer.Option(help="Folder of the row files.")]
-Split = Annotated[str, typer.Option(help="development or test")]
+Split = Annotated[str, typer.Option(help="development, test or other")]
 FOLDER = RESULTS / "tasks"
 
 
 def rows_file(folder: Path, split: str) -> Path:
-    if split not in ("development", "test"):
-        raise typer.BadParameter(f"--split is development or test, not {split}")
-    if split == "test":
+    if split not in SPLITS:
+        raise typer.BadParameter(f"--split is one of {', '.join(SPLITS)}, not {split}")
+    if split != "development":
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "looks.txt").open("a") as file:
             file.write(f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} {' '.join(sys.argv[1:])}\n")
@@ -64,7 +64,7 @@ def run(
     """Train, and keep a row a run."""
     path = rows_file(rows, split)
     chosen = [p for name in policy or POLICIES for p in (LINEAR if name == "linear" else (name,))]
-    seeds = (TEST if split == "test" else DEVELOPMENT)[first : first + tasks]
+    seeds = SPLITS[split][first : first + tasks]
     runs.run(jobs(seeds, chosen, steps, run_seeds), path, workers)
 
 
@@ -82,7 +82,7 @@ def fresh(
 ) -> None:
     """Train what the first runs have picked, and a policy beside it, on weights and batches of their own."""
     path = rows_file(rows, split)
-    seeds = (TEST if split == "test" else DEVELOPMENT)[first : first + tasks]
+    seeds = SPLITS[split][first : first + tasks]
     made = []
     for t in reports.gather(r for r in runs.load(path).values() if r["steps"] == steps and r["run"] == 0):
         cells = [(t.oracle(t.best), t.best), *((policy, t.best + k) for k in relative)]

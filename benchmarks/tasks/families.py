@@ -45,6 +45,7 @@ class Workload:
     train: Sampler
     held_out: Sampler
     gain: float = 1.0  # on all weight matrices at the start
+    clip: float | None = None  # norm that each gradient is clipped to
     choices: dict[str, Any] = field(default_factory=dict)
 
 

@@ -50,7 +50,7 @@ def measure(job: Job, wrap: Wrap = AdaptiveWarmup) -> Row:
             def closure(batch: Any = batch) -> Tensor:
                 optimizer.zero_grad()
                 loss = drawn.loss(model, batch)
-                loss.backward()
+                drawn.backward(model, loss)
                 return loss
 
             loss = optimizer.step(closure) if wrapped else closure()

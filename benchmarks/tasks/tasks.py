@@ -1,8 +1,9 @@
 """A task: a workload and an optimizer drawn from one seed, and the peak rates at which it is trained.
 
-Development seeds are for choosing; test seeds are for one report on a law that is finished. Families and optimizers
-take turns by seed, so that any range of seeds is balanced; everything else is drawn. Weights and batches depend on the
-run's seed alone, and nothing touches the global random streams.
+Development seeds are for choosing; test seeds are for one report on a law that is finished; the others' families are of
+other kinds, for another such report. Families and optimizers take turns by seed, so that any range of seeds is
+balanced; everything else is drawn. Weights and batches depend on the run's seed alone, and nothing touches the global random
+streams.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from benchmarks.tasks.data import Batch, mean_loss, seeded
 from benchmarks.tasks.families import FAMILIES, Draw, Workload, scaled
 from benchmarks.tasks.optimizers import OPTIMIZERS, ORDER, Rule, trained
+from benchmarks.tasks.other_families import OTHER_FAMILIES
 
-DEVELOPMENT, TEST = range(0, 1000), range(1000, 2000)
+DEVELOPMENT, TEST, OTHER = range(0, 1000), range(1000, 2000), range(2000, 3000)
+SPLITS = {"development": DEVELOPMENT, "test": TEST, "other": OTHER}
 RATES, CENTRE = 8, 3
 """Peak rates of a task, in half decades, and which of them the search below puts at its centre."""
 SEARCHED = tuple(10 ** (k / 2) for k in range(-10, 4))
@@ -53,6 +57,12 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.workload.loss(model, batch)
 
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """The gradient, clipped where the task says so."""
+        loss.backward()
+        if self.workload.clip is not None:
+            clip_grad_norm_(model.parameters(), self.workload.clip)
+
     def batches(self, seed: int) -> Iterator[Batch]:
         """Endless training batches, by `seed` and the task alone."""
         generator = seeded(7 + 1000 * self.seed + seed)
@@ -74,10 +84,11 @@ class Task:
 @lru_cache
 def task(seed: int) -> Task:
     """The task of a seed."""
-    names = list(FAMILIES)
+    families = OTHER_FAMILIES if seed in OTHER else FAMILIES
+    names = list(families)
     family, rule = names[seed % len(names)], ORDER[seed % len(ORDER)]
     draw = Draw(f"task {seed}")
-    workload, made = FAMILIES[family](draw), OPTIMIZERS[rule](draw)
+    workload, made = families[family](draw), OPTIMIZERS[rule](draw)
     return Task(seed, family, rule, workload, made, draw.made)
 
 
@@ -107,7 +118,7 @@ def _constant(drawn: Task, lr: float) -> float:
         loss = drawn.loss(model, batch)
         if not math.isfinite(float(loss.detach())):
             return math.inf
-        loss.backward()
+        drawn.backward(model, loss)
         optimizer.step()
     reached = drawn.evaluate(model)
     return reached if math.isfinite(reached) else math.inf
