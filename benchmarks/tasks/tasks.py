@@ -2,8 +2,8 @@
 
 Development seeds are for choosing; test seeds are for one report on a law that is finished; the others' families are of
 other kinds, for another such report. Families and optimizers take turns by seed, so that any range of seeds is
-balanced; everything else is drawn. Weights and batches depend on the run's seed alone, and nothing touches the global random
-streams.
+balanced; everything else is drawn. Weights and batches depend on the run's seed alone, and nothing touches the global
+random streams.
 """
 
 from __future__ import annotations
