@@ -8,7 +8,8 @@ the same steps.
 
 A gradient norm that stands out of its running average makes its own step shorter. What a shock leaves is measured
 later, for at the shock itself the batch that stands out would be all that is seen: the ratio at the next step, on
-credit if it must be, and the representations some steps after it.
+credit if it must be, and the representations some steps after it. A run whose norm has grown tenfold is breaking up,
+whatever its last reading says: it is measured every few steps then, on more credit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ EVENT, SPREAD = 2.5, 0.15
 """Mean deviations by which the log of a gradient norm stands out of its running average; and the least that counts."""
 SHOCK, AFTERMATH = 2.0, 5.0
 """Norm over its running average that is a shock; and the steps after which the representations are looked at then."""
+DISTRESS, APART, DEBT = 10.0, 3.0, 4.0
+"""Running average of the norm over its lowest from which on a run is breaking up; steps between probes then, and how
+many of them may be owed."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 START, EARNED, SAVED = 3.0, 0.4, 3.0
@@ -51,6 +55,7 @@ class CadenceState(FloatState):
     surprise: float = saved(1.0, Allowed(1.0))
     norm: float = saved(math.nan, Allowed(-LARGEST_LOG, LARGEST_LOG, unknown=True))
     norm_spread: float = saved(0.2, POSITIVE)
+    lowest: float = saved(LARGEST_LOG, Allowed(-LARGEST_LOG, LARGEST_LOG))
     next_look: float = saved(1.0, POSITIVE)
     aftermath: float = saved(math.inf, Allowed(0.0, math.inf))
     next_slope: float = saved(1.0, POSITIVE)
@@ -62,7 +67,7 @@ class Cadence:
     Args:
         every: steps between probes, or "auto".
         budget: gradient evaluations for probes per gradient evaluation of training, beyond two probes, two fifths of
-            one each time that the run has grown e times as old, and a debt of one.
+            one each time that the run has grown e times as old, and a debt of one, of `DEBT` in distress.
     """
 
     def __init__(self, every: int | str = "auto", budget: float = 0.01) -> None:
@@ -88,6 +93,8 @@ class Cadence:
             return "every" if since >= int(self.every) else ""
         if s.surprise > SHOCK and s.age > LOOKS and s.tokens >= 0.0:
             return "shock"
+        if s.norm > s.lowest + math.log(DISTRESS) and since >= APART and s.tokens >= -DEBT * cost:
+            return "distress"
         return "clock" if since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost else ""
 
     def step(self, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> None:
@@ -164,3 +171,4 @@ class Cadence:
             s.surprise = math.exp(min(above, 700.0))
         s.norm += MEMORY * min(max(above, -most), most)
         s.norm_spread += MEMORY * (min(abs(above), most) - s.norm_spread)
+        s.lowest = s.norm if s.age <= LOOKS else min(s.lowest, s.norm)
