@@ -9,7 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from warmctl.control.cadence import EARNED, GAP_MOST, LOOKS, SAVED, START, Cadence
+from warmctl.control.cadence import APART, DEBT, EARNED, GAP_MOST, LOOKS, SAVED, START, Cadence
 
 
 def step(cadence: Cadence, norm: float = 1.0, cost: float = 2.0, closeness: float = 1.0, guarding: bool = False) -> str:
@@ -43,13 +43,31 @@ def test_fixed_cadence(every: int) -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_auto_never_spends_more_than_it_has_earned(cost: float, budget: float, seed: int, closeness: float) -> None:
-    """Whatever the gradient norm does: token bucket, after the first probe, and at most one of debt."""
-    cadence, draw, spent = Cadence(budget=budget), random.Random(seed), 0.0
+    """Whatever the gradient norm does: token bucket, after the first probe, and a debt of one, of `DEBT` in distress."""
+    cadence, draw, spent, owed = Cadence(budget=budget), random.Random(seed), 0.0, 1.0
     for n in range(1, 1500):
-        spent += cost if step(cadence, draw.expovariate(1), cost, closeness) else 0.0
+        due = step(cadence, draw.expovariate(1), cost, closeness)
+        spent, owed = spent + cost * bool(due), 1.0 + DEBT if due == "distress" else owed
         cadence.look()
         earned = EARNED * cost * (1.0 + math.log(n)) + budget * n
-        assert spent <= 2 * cost + max(START, cost) + earned
+        assert spent <= (1.0 + owed) * cost + max(START, cost) + earned
+
+
+def test_a_run_that_breaks_up_is_probed_every_few_steps_on_credit() -> None:
+    """Its norm grows so steadily that no step of it is a surprise."""
+    cadence, norms = Cadence(), [*[1.0 - 0.01 * n for n in range(40)], *[0.6 * 1.1**n for n in range(80)]]
+    due = [step(cadence, norm) for norm in norms]
+    probed = [n for n, why in enumerate(due) if why == "distress"]
+    assert len(probed) >= DEBT and {b - a for a, b in itertools.pairwise(probed[: int(DEBT)])} == {APART}
+    assert "shock" not in due and norms[probed[0]] > 10 * 0.6
+    assert cadence.state.tokens >= -(1.0 + DEBT) * 2.0
+
+
+@pytest.mark.parametrize("last", [0.2, 1.0, 5.0])
+def test_a_norm_that_changes_by_less_is_no_distress(last: float) -> None:
+    cadence, asked_for = Cadence(), Cadence(every=50)
+    assert "distress" not in [step(cadence, last ** (n / 300)) for n in range(300)]
+    assert "distress" not in [step(asked_for, 2.0**n) for n in range(300)]
 
 
 def test_accumulated_gradients_earn_as_many_tokens() -> None:
