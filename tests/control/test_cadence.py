@@ -43,7 +43,7 @@ def test_fixed_cadence(every: int) -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_auto_never_spends_more_than_it_has_earned(cost: float, budget: float, seed: int, closeness: float) -> None:
-    """Whatever the gradient norm does: token bucket, after the first probe, and a debt of one, of `DEBT` in distress."""
+    """Whatever the gradient norm does: token bucket, after the first probe; a debt of one, or of `DEBT` in distress."""
     cadence, draw, spent, owed = Cadence(budget=budget), random.Random(seed), 0.0, 1.0
     for n in range(1, 1500):
         due = step(cadence, draw.expovariate(1), cost, closeness)
