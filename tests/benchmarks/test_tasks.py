@@ -260,3 +260,11 @@ def test_the_residual_of_poissons_equation_is_that_of_its_solution() -> None:
 
     batch = next(drawn.batches(0))
     assert float(drawn.loss(Solution(), batch).detach()) < 1e-4 * float(batch[1].square().mean())
+
+
+def test_a_run_that_breaks_up_between_two_probes_is_caught() -> None:
+    """Gradient descent on Poisson's equation at three times its best rate: curvature explodes, the budget is spent."""
+    row = runs.measure(runs.Job(2026, 5, "warmctl", 400, 0))
+    assert (row["family"], row["optimizer"]) == ("physics", "SGD")
+    assert row["updates"] == 400 and row["loss"] is not None and row["loss"] < row["start"]
+    assert row["overhead"] < 0.1
