@@ -186,7 +186,7 @@ class AdaptiveWarmup(OptimizerProxy):
         due, guarding = self._due(), self._guarding()
         self.cadence.step(now.norm, self.meter.expected_cost, guarding, now.evaluations)
         found = self.meter.read(due, params, rate, self.cadence.every == 1, self._applied_scale) if now.finite else None
-        reading = _reading(found, self.meter.tolerant) if now.finite else NOT_FINITE
+        reading = _reading(found, self.meter.tolerant, due) if now.finite else NOT_FINITE
         self._nonfinite.make(now.finite)
         decision = self.controller.update(rate, reading, now.end_slope, self.cadence.surprise, lasting)
         if self.phase != before:
@@ -319,9 +319,9 @@ def _row(opt: AdaptiveWarmup, made: Made) -> StepRow:
     )
 
 
-def _reading(found: Measurement | None, tolerant: bool) -> Reading | None:
+def _reading(found: Measurement | None, tolerant: bool, due: str) -> Reading | None:
     """What the controller takes in of what was measured."""
     if found is None:
         return None
     reason = found.reason and f"the probe failed: {found.reason}"
-    return Reading(found.ratio, found.share, found.relative_update, tolerant, found.noisy, reason)
+    return Reading(found.ratio, found.share, found.relative_update, tolerant, found.noisy, due == "distress", reason)

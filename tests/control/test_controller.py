@@ -214,6 +214,16 @@ def test_noisy_readings_are_averaged_both_ways() -> None:
     assert controller.state.share == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_reading_in_distress_never_raises_the_rate(noisy: bool) -> None:
+    controller = Controller(0.5)
+    controller.update(1.0, Reading(8.0))
+    controller.update(1.0, Reading(2.0, noisy=noisy, distress=True))
+    assert controller.state.forecast == pytest.approx(8.0)
+    controller.update(1.0, Reading(32.0, noisy=noisy, distress=True))
+    assert controller.state.forecast == pytest.approx(16.0 if noisy else 32.0)
+
+
 def test_guard_cuts_and_comes_back_to_where_warmup_ended() -> None:
     controller = Controller(0.5)
     while controller.phase == "warmup":

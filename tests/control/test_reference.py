@@ -71,7 +71,9 @@ def curve(run: list[Stretch], tolerant: bool, noisy: bool, seed: int) -> Iterato
             if step % stretch.every == 0 or step == 1:
                 measured = now * math.exp(stretch.noise * draw.gauss(0, 1)) * scheduled
                 measured = draw.choice([math.nan, math.inf]) if draw.random() < stretch.failing else measured
-                reading = Reading(measured, stretch.share, stretch.relative_update * scheduled, tolerant, noisy)
+                reading = Reading(
+                    measured, stretch.share, stretch.relative_update * scheduled, tolerant, noisy, draw.random() < 0.2
+                )
             event, slope = draw.random() < 0.1, stretch.slope + 0.3 * draw.gauss(0, 1)
             change = stretch.change * math.exp(stretch.noise * draw.gauss(0, 1)) if draw.random() < 0.5 else math.nan
             slope = min(max(slope, -1.0), 1.0) if math.isfinite(slope) else math.nan

@@ -139,3 +139,10 @@ def test_a_factorisation_at_ten_times_its_best_rate_does_not_diverge(run: int) -
     """Neither r nor RRC saw it: two of these runs were lost before the scale fell where e is surely below 0."""
     row = measure(Job(seed=13, rate=5, policy="warmctl", steps=400, run=run))
     assert row["updates"] == 400 and row["loss"] < 0.05 * row["start"]
+
+
+def test_a_run_that_forgot_what_it_had_learnt_learns_it_again() -> None:
+    """Modular addition under Adafactor: its norm grows tenfold while readings fall, and the rate rose with each."""
+    row = measure(Job(1002, 6, "warmctl", 2000, 0))
+    assert (row["family"], row["optimizer"]) == ("modular", "Adafactor")
+    assert row["loss"] < 0.01 * row["start"]

@@ -9,7 +9,8 @@ the same steps.
 A gradient norm that stands out of its running average makes its own step shorter. What a shock leaves is measured
 later, for at the shock itself the batch that stands out would be all that is seen: the ratio at the next step, on
 credit if it must be, and the representations some steps after it. A run whose norm has grown tenfold is breaking up,
-whatever its last reading says: it is measured every few steps then, on more credit.
+whatever its last reading says: it is measured every few steps then, on more credit, and a lower reading is no reason to
+go faster.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHOCK, AFTERMATH = 2.0, 5.0
 """Norm over its running average that is a shock; and the steps after which the representations are looked at then."""
 DISTRESS, APART, DEBT = 10.0, 3.0, 4.0
 """Running average of the norm over its lowest from which on a run is breaking up; steps between probes then, and how
-many of them may be owed."""
+many of them may be owed when one more is made.""" ""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 START, EARNED, SAVED = 3.0, 0.4, 3.0

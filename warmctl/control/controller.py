@@ -90,6 +90,7 @@ class Reading:
             0 if there are none.
         tolerant: the rule undoes a step a little over the edge by itself, see `UpdateRule.tolerates_overshoot`.
         noisy: the share is a noisy one: ratio and share are averaged over readings, half the weight on the last.
+        distress: made because the run is breaking up: a fall of the ratio is no reason to go faster then.
         reason: why it failed, or "".
     """
 
@@ -98,6 +99,7 @@ class Reading:
     relative_update: float = 0.0
     tolerant: bool = False
     noisy: bool = False
+    distress: bool = False
     reason: str = ""
 
     @property
@@ -225,7 +227,7 @@ class Controller:
         return self.state.readings > 0 or self.change.known
 
     def _read(self, reading: Reading, rate: float) -> None:
-        """Rising counts at once; a fall counts half in log, and as one of two decades at most.
+        """Rising counts at once; a fall counts half in log, and as one of two decades at most; in distress not at all.
 
         A Ritz value is a lower bound: a low one, or one below 0, may only mean that the probe looked elsewhere.
         """
@@ -234,7 +236,7 @@ class Controller:
         before, curvature = s.forecast, max(reading.ratio, 0.0) / rate
         if math.isnan(before) or (curvature >= before and not (reading.noisy and before)):
             s.forecast = curvature
-        else:
+        elif curvature >= before or not reading.distress:
             s.forecast = math.sqrt(before * max(curvature, before * LARGEST_FALL))
         noisy = reading.noisy and s.readings > 1
         s.share = math.sqrt(s.share * reading.share) if noisy else reading.share
