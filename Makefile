@@ -7,6 +7,7 @@ BENCHMARKS := replaces_tuned_warmup defaults_are_measured tracks_sharpness edge_
   published_recipes what_is_said_of_warmup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE  # the suite starts many processes, and each would compile torch again
 
 .PHONY: demo test bench docs clean
 
