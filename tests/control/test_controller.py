@@ -219,7 +219,8 @@ def test_a_reading_in_distress_never_raises_the_rate(noisy: bool) -> None:
     controller = Controller(0.5)
     controller.update(1.0, Reading(8.0))
     controller.update(1.0, Reading(2.0, noisy=noisy, distress=True))
-    assert controller.state.forecast == pytest.approx(8.0)
+    controller.update(1.0, Reading(8.0, share=100.0, noisy=noisy, distress=True))
+    assert controller.state.forecast == pytest.approx(8.0) and controller.state.share == 1.0
     controller.update(1.0, Reading(32.0, noisy=noisy, distress=True))
     assert controller.state.forecast == pytest.approx(16.0 if noisy else 32.0)
 

@@ -28,7 +28,7 @@ SHOCK, AFTERMATH = 2.0, 5.0
 """Norm over its running average that is a shock; and the steps after which the representations are looked at then."""
 DISTRESS, APART, DEBT = 10.0, 3.0, 4.0
 """Running average of the norm over its lowest from which on a run is breaking up; steps between probes then, and how
-many of them may be owed when one more is made.""" ""
+many of them may be owed when one more is made."""
 MEMORY = 0.1
 """Weight of the newest value in the running averages; one value moves them by three mean deviations at most."""
 START, EARNED, SAVED = 3.0, 0.4, 3.0

@@ -90,7 +90,7 @@ class Reading:
             0 if there are none.
         tolerant: the rule undoes a step a little over the edge by itself, see `UpdateRule.tolerates_overshoot`.
         noisy: the share is a noisy one: ratio and share are averaged over readings, half the weight on the last.
-        distress: made because the run is breaking up: a fall of the ratio is no reason to go faster then.
+        distress: made because the run is breaking up: a fall of ratio / share is no reason to go faster then.
         reason: why it failed, or "".
     """
 
@@ -235,12 +235,14 @@ class Controller:
         s.readings += 1
         before, curvature = s.forecast, max(reading.ratio, 0.0) / rate
         if math.isnan(before) or (curvature >= before and not (reading.noisy and before)):
-            s.forecast = curvature
-        elif curvature >= before or not reading.distress:
-            s.forecast = math.sqrt(before * max(curvature, before * LARGEST_FALL))
+            forecast = curvature
+        else:
+            forecast = math.sqrt(before * max(curvature, before * LARGEST_FALL))
         noisy = reading.noisy and s.readings > 1
-        s.share = math.sqrt(s.share * reading.share) if noisy else reading.share
-        s.tolerant = float(reading.tolerant)
+        share = math.sqrt(s.share * reading.share) if noisy else reading.share
+        if reading.distress and forecast * s.share < before * share:
+            return
+        s.forecast, s.share, s.tolerant = forecast, share, float(reading.tolerant)
 
     def _carried(self, rate: float) -> float:
         """The scale at which r is at target, by the last reading; infinite before it."""

@@ -62,11 +62,11 @@ class ReferenceLaw:
     def read(self, reading: Reading, rate: float) -> None:
         before, now = self.curvature, max(reading.ratio, 0.0) / rate
         rising = self.readings == 1 or (now >= before and not (reading.noisy and before > 0.0))
-        if rising or now >= before or not reading.distress:
-            self.curvature = now if rising else math.sqrt(before * max(now, 0.01 * before))
+        now = now if rising else math.sqrt(before * max(now, 0.01 * before))
         averaged = reading.noisy and self.readings > 1
-        self.share = math.sqrt(self.share * reading.share) if averaged else reading.share
-        self.tolerant = reading.tolerant
+        share = math.sqrt(self.share * reading.share) if averaged else reading.share
+        if not (reading.distress and now * self.share < before * share):
+            self.curvature, self.share, self.tolerant = now, share, reading.tolerant
 
     def carried(self, rate: float) -> float:
         """The scale that holds the ratio at target."""
