@@ -275,7 +275,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, one eigenvector."""
+        """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, two vectors."""
         return self._rates.unscaled(self._followers.unlent(self._saved.state_dict(self.trainable)), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ class AdaptiveWarmup(OptimizerProxy):
             self._saved.announce_numbers()
 
     def _parts(self) -> tuple[Saved, ...]:
-        """What is saved beside the eigenvector. The order is that of the checkpoint's format."""
+        """What is saved beside the two vectors. The order is that of the checkpoint's format."""
         controlling = *self.controller.parts, self.cadence.state, self.counts
         return *controlling, *self.sources.parts, self.meter, self._signals, self._followers
 

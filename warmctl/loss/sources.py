@@ -1,4 +1,4 @@
-"""The choice among the sources of the loss, in the order of the README's table."""
+"""The choice among the sources of the loss, in this order: closure, observed batch, model's own loss, live graph."""
 
 from __future__ import annotations
 
