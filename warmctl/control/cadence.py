@@ -94,9 +94,10 @@ class Cadence:
             return "every" if since >= int(self.every) else ""
         if s.surprise > SHOCK and s.age > LOOKS and s.tokens >= 0.0:
             return "shock"
-        if s.norm > s.lowest + math.log(DISTRESS) and since >= APART and s.tokens >= -DEBT * cost:
-            return "distress"
-        return "clock" if since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost else ""
+        if since >= s.gap * (GUARD_GAP if guarding else 1.0) and s.tokens >= cost:
+            return "clock"
+        breaking = s.norm > s.lowest + math.log(DISTRESS)
+        return "distress" if breaking and since >= APART and s.tokens >= -DEBT * cost else ""
 
     def step(self, norm: float, cost: float, guarding: bool, gradients: float = 1.0) -> None:
         """A step begins: it earns tokens. Call it once a step, after `due`.
