@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from warmctl.state import Saved
+from warmctl.state import Counts, Saved
+from warmctl.warning import warn
 
 NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
 FORMAT = 4.0
 LAYOUT = "param_groups", "state"
+LOADED_BEFORE = (
+    "warmctl: the optimizer had loaded the state of an AdaptiveWarmup when it was wrapped, and warmup begins anew. To "
+    "go on where it was, wrap first, then call load_state_dict() of the wrapper"
+)
 
 Parts = list[Tensor | None]
 
@@ -65,6 +70,17 @@ class SavedState:
     def announce_numbers(self) -> None:
         """Put the numbers into the live first group."""
         self.optimizer.param_groups[0][NUMBERS] = self._numbers()
+
+    def begin(self) -> None:
+        """Announce the numbers, and warn where the optimizer comes with those of a warmup under way, which are lost."""
+        found, before = self.optimizer.param_groups[0].get(NUMBERS), 1
+        for part in self.parts():
+            if isinstance(part, Counts):
+                break
+            before += len(part.state_values())
+        if isinstance(found, Tensor) and found.numel() > before and float(found[before]) > 0.0:
+            warn(LOADED_BEFORE)
+        self.announce_numbers()
 
     def _values(self) -> list[float]:
         return [value for part in self.parts() for value in part.state_values()]

@@ -107,7 +107,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self._made: Made | None = None  # nothing, where a step ends in an error
         self._saved = SavedState(optimizer, self._parts, {VECTOR: self.meter.estimator, AVERAGE: self._signals.slope})
         self._row = _row(self, Made())
-        self._saved.announce_numbers()
+        self._saved.begin()
 
     @property
     def phase(self) -> str:

@@ -13,9 +13,14 @@ def learning_rate(group: Mapping[str, Any]) -> float:
     return float(group["lr"])
 
 
+def trains(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter of the group requires a gradient: the rate of one that is frozen says nothing."""
+    return any(p.requires_grad for p in group["params"])
+
+
 def largest_rate(groups: Sequence[Mapping[str, Any]]) -> float:
-    """The largest scheduled rate of all groups; 0 without any."""
-    return max([learning_rate(group) for group in groups], default=0.0)
+    """The largest scheduled rate of all groups that train; 0 without any."""
+    return max([learning_rate(group) for group in groups if trains(group)], default=0.0)
 
 
 class ScaledRates:
@@ -67,8 +72,9 @@ class ScaledRates:
         return ScaledRates, ()
 
     def scheduled(self, groups: list[dict[str, Any]]) -> float:
-        """The first group's rate without the scale."""
-        return learning_rate(groups[0]) if self._full is None else float(self._full[0])
+        """The rate, without the scale, of the first group that trains; of the first if none does."""
+        first = next((i for i, group in enumerate(groups) if trains(group)), 0)
+        return learning_rate(groups[first]) if self._full is None else float(self._full[first])
 
 
 def _is_as_written(rate: Any, written: Any, version: int) -> bool:

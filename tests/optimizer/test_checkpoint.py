@@ -168,6 +168,16 @@ def test_a_bare_optimizers_state_loads_and_warmup_begins(optimizer_class: Any) -
     by_closures((model, opt), range(4, 6))
 
 
+def test_a_state_that_was_loaded_before_the_wrapper_was_made_is_spoken_of() -> None:
+    run = build(OPTIMIZERS[0])
+    by_closures(run, range(4))
+    model, opt = build(OPTIMIZERS[0])
+    base = opt.base
+    base.load_state_dict(run[1].state_dict())
+    with pytest.warns(RuntimeWarning, match="wrap first, then call load_state_dict"):
+        AdaptiveWarmup(base, model)
+
+
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_a_bare_optimizer_loads_ours(optimizer_class: Any) -> None:
     run, bare = build(optimizer_class), build(optimizer_class)

@@ -209,3 +209,20 @@ def test_flat_shards_in_place_of_the_models_parameters_are_refused() -> None:
     loss_fn(model, batch_of(0)).backward()
     with pytest.raises(RuntimeError, match="flat shards"):
         opt.step()
+
+
+@pytest.mark.parametrize("frozen", [1e-3, 100.0])
+def test_the_rate_of_a_frozen_group_has_no_say(frozen: float) -> None:
+    def run(rate: float) -> list[dict[str, Any]]:
+        model = mlp()
+        model[0].requires_grad_(False)
+        groups = [{"params": model[0].parameters(), "lr": rate}, {"params": model[2].parameters()}]
+        opt = AdaptiveWarmup(torch.optim.SGD(groups, STEEP), model)
+        decay = schedulers.LambdaLR(opt, [lambda _: 1.0, lambda step: 1.0 - step / 40])
+        for step in range(30):
+            train(opt, model, [step])
+            decay.step()
+        return list(opt.history)
+
+    rows = run(frozen)
+    assert str(rows) == str(run(STEEP)) and rows[0]["scheduled_lr"] == STEEP

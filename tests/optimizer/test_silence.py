@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from tests.helpers import batch_of, closure_for, loss_fn, mlp
 from warmctl import AdaptiveWarmup
 from warmctl.control.controller import UNMEASURED
+from warmctl.loss.marks import UNSTEPPED
 
 
 def plain_step(opt: AdaptiveWarmup, model: torch.nn.Module, index: int) -> None:
@@ -92,3 +95,19 @@ def test_stepping_the_optimizer_inside_is_spoken_of_and_many_micro_batches_are_n
     said = [w for w in caught if "has not been called yet" in str(w.message)]
     assert len(said) == (stepped == "inside")
     assert all(w.filename == __file__ for w in said)  # at the user's own line
+
+
+def test_a_wrapper_that_was_made_anew_leaves_nothing_of_the_first() -> None:
+    """As where the cell of a notebook is run again."""
+    model = mlp()
+    base = torch.optim.SGD(model.parameters(), 0.05)
+    first = weakref.ref(AdaptiveWarmup(base, model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = AdaptiveWarmup(base, model)
+        gc.collect()
+        assert first() is None
+        for step in range(UNSTEPPED + 2):
+            opt.zero_grad()
+            opt.backward(loss_fn(model, batch_of(step)))
+            opt.step()

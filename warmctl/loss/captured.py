@@ -82,7 +82,7 @@ class ModelCapture:
         forwards: how many there were since `clear`, whatever came of them.
         weights: one for each that a backward pass went through: what its loss was multiplied by before, 1/n in an
             average of n. More than one means gradient accumulation.
-        loss: the value of the last of these, detached.
+        losses: their values, detached.
         trained_on: whether there were such passes at the last step; a loop may ignore the model's loss.
         bare: the model returned nothing else; that may be a prediction.
         first: of several passes, as long as the verdict is open, what repeats the first, the random state before it,
@@ -142,7 +142,7 @@ class ModelCapture:
         self.forwards = 0
         self.weights: list[Tensor] = []
         self.first: tuple[Callable[[], Tensor], RandomState, Vector] | None = None
-        self.loss: Tensor | None = None
+        self.losses: list[Tensor] = []
         self.random_state: RandomState | None = None
         self.last: tuple[Call, RandomState] | None = None
         self._call: Call | None = None
@@ -244,9 +244,10 @@ class ModelCapture:
             if self.weights:
                 params = list(self.model.parameters())
                 if not distributed.is_sharded(params) and all(p.grad is None for p in params):
-                    self.weights = []  # the step of earlier passes was skipped; shards have no gradient before the last
-            self._call, self.random_state, self.loss = call, state, loss
+                    self.weights, self.losses = [], []  # that step was skipped; shards have no gradient before the last
+            self._call, self.random_state = call, state
             self.weights.append(gradient.detach())
+            self.losses.append(loss)
             if self._copies():
                 self._watch.copy_pass()
 
@@ -300,7 +301,7 @@ class CapturedSource:
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
         alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)
         if present is not None and single and alone and self.verdict.repeats == EXACT:
-            return StepLoss(replay, present, value=self.capture.loss)
+            return StepLoss(replay, present, value=self.capture.losses[-1])
         gradient = replay.gradient()[1]
         inner = distributed.inner_product(params)
         step = [dense_gradient(p) for p in params]
@@ -325,7 +326,7 @@ class CapturedSource:
         # Behind a gradient scaler the weights are unknown. An average of gradients cannot reach further along one of
         # them than that one does; a sum does.
         summed = self.capture.scaled and reach > 1.05 * size
-        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0, self.capture.loss)
+        return StepLoss(replay, gradient, float(len(self.capture.weights)) if summed else 1.0, self.capture.losses[-1])
 
     def forward(self, params: list[Tensor], replays: Replays) -> Replay | None:
         """Repeats the last training forward of this step, without a loss: enough to look at representations."""

@@ -15,7 +15,7 @@ class LiveGraph:
     Attributes:
         wanted: a probe was asked for.
         passes, passes_before: backward passes of this step and of the last.
-        loss: of the last pass, detached, without the factor of a gradient scaler.
+        loss: the sum of these passes' so far, detached, without the factor of a gradient scaler.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,9 @@ class LiveGraph:
 
     def begin_pass(self, loss: Tensor, has_gradient: bool) -> None:
         if self.passes and not has_gradient:
-            self.passes = 0  # the step of those passes was skipped
-        self.passes, self.loss = self.passes + 1, loss.detach() / loss_scale(loss)
+            self.passes, self.loss = 0, None  # the step of those passes was skipped
+        value = loss.detach() / loss_scale(loss)
+        self.passes, self.loss = self.passes + 1, value if self.loss is None else self.loss + value
 
     @property
     def last_pass(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class GradientWatch:
         self._smallest: Any = min((p for p in params if p.numel()), key=Tensor.numel, default=None)
         self.clear()
         if self._smallest is not None:
-            self._handle = self._smallest.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            hook = partial(_while_it_lives, weakref.WeakMethod(self._accumulated))  # a wrapper may be made anew
+            self._handle = self._smallest.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> Any:
         return GradientWatch, (self.params,)
@@ -108,3 +110,8 @@ class GradientWatch:
 
     def _ended(self) -> None:
         self.marks = Marks(self.params)
+
+
+def _while_it_lives(method: weakref.WeakMethod[Any], param: Tensor) -> None:
+    if (call := method()) is not None:
+        call(param)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from warmctl.vectors import wide
 
 POWERS = 16.0
 """From which on a power of two is taken for a GradScaler's factor, not for a weight that the user gave the loss."""
@@ -35,6 +38,20 @@ def loss_scale(loss: Tensor) -> Tensor:
             break  # what comes before a tensor is a weight of the user's: n / total
         node, last = node.next_functions[0][0], False
     return found
+
+
+def trained_on(losses: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor | None:
+    """The loss of a step from those of its backward passes; None of none. No device waits for it.
+
+    Args:
+        weights: what each was multiplied by before its pass. Where they are more than 1 on average, a gradient scaler's
+            factor is in them: the mean of the losses is taken.
+    """
+    if len(losses) < 2:
+        return losses[-1] if losses else None
+    factors, values = (torch.stack([wide(x).reshape(()) for x in numbers]) for numbers in (weights, losses))
+    total, each = factors @ values, factors.sum()
+    return torch.where(each > len(losses), total / each, total)
 
 
 def scaled_back(weight: float, seen: float, single: bool) -> bool:

@@ -16,6 +16,7 @@ from warmctl.loss.live_graph import LiveGraph
 from warmctl.loss.marks import GradientWatch
 from warmctl.loss.observed import ObservedSource
 from warmctl.loss.replay import Closure, Replay
+from warmctl.loss.scaler import trained_on
 from warmctl.loss.source import EXACT, NEVER, Replays, Source, StepLoss, Verdict
 from warmctl.state import Saved
 from warmctl.warning import warn
@@ -119,8 +120,9 @@ class Sources:
 
     @property
     def loss(self) -> Tensor | None:
-        """Of the last backward pass, detached; None if it went past all sources."""
-        return self.captured.capture.loss if self.graph.loss is None else self.graph.loss
+        """Of all backward passes of this step, detached; None if they went past all sources."""
+        capture = self.captured.capture
+        return trained_on(capture.losses, capture.weights) if self.graph.loss is None else self.graph.loss
 
     def _copies(self) -> bool:
         """Whether the gradient of the model's own loss, in the pass under way, is what a probe will begin with."""

@@ -241,7 +241,7 @@ class Meter:
         kind = found.reason.split(":")[0]
         if kind and kind not in self._said:
             self._said.add(kind)
-            warn(f"warmctl: a probe failed, the learning rate is held at such a step: {found.reason}")
+            warn(f"warmctl: a probe failed, and no learning rate is raised at such a step: {found.reason}")
         return found
 
     def _say_silent(self, scale: float) -> None:

@@ -34,6 +34,7 @@ BLIND = (
     "representation_change: no layer's output is seen, for the loss goes past the forward of the model's modules (or "
     "they are scripted); the rate grows by the other gauges alone"
 )
+NOT_TWICE = "use opt.step(closure), or a loss_fn and opt.observe(batch), in place of opt.backward(loss)"
 Result = TypeVar("Result")
 FORWARD = 1.0 / 3.0
 """Cost of a forward pass, in gradient evaluations."""
@@ -177,7 +178,7 @@ class Prober:
             return failed(first_line(error))
         except Exception as error:
             self.estimator.vector = None
-            instead = self.sources.verdict.why_not if self.sources.in_closure else "use opt.step(closure) instead"
+            instead = self.sources.verdict.why_not if self.sources.in_closure else NOT_TWICE
             return failed(f"{first_line(error)}. This model cannot be differentiated twice: {instead}")
         finally:
             for p, grad in zip(params, grads, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.rates import learning_rate
+from warmctl.rates import learning_rate, trains
 from warmctl.stability.update_rules import UpdateRule
 from warmctl.vectors import Vector, dense_gradient, local, locals_of, significant
 
@@ -54,10 +54,10 @@ class StepScale:
         return max(min(shares), 1e-6)
 
     def reference(self) -> tuple[float, float]:
-        """Rate and threshold of the first group with a rate above 0."""
+        """Rate and threshold of the first group that trains, at a rate above 0."""
         assert self.rule is not None
         for group in self.optimizer.param_groups:
-            if learning_rate(group) > 0:
+            if trains(group) and learning_rate(group) > 0:
                 return learning_rate(group), self.rule.threshold(group)
         return 0.0, self.rule.threshold(self.optimizer.param_groups[0])
 
