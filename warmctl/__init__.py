@@ -73,6 +73,7 @@ _HOMES = {
     "stability.update_rules": ("UpdateRule", "register_update_rule", "stability_threshold"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
+from warmctl import __version__
 from warmctl.command import plot as plot_command
 from warmctl.command.app import app
 from warmctl.command.records import names as names_of
@@ -157,6 +158,10 @@ def test_a_figure_that_cannot_be_written(tmp_path: Path) -> None:
     code, _, err = invoke("plot", run, "--out", str(tmp_path / "none" / "run.png"))
     assert code == 1
     assert "No such file or directory" in err
+
+
+def test_its_version() -> None:
+    assert invoke("--version")[:2] == (0, f"warmctl {__version__}\n")
 
 
 def test_no_arguments_is_a_mistake() -> None:

@@ -118,10 +118,13 @@ def test_a_capped_run_is_told_the_rate_that_it_had(run_of: Any) -> None:
     assert said == pytest.approx(rows[-1]["lr"], rel=0.5) and said < rows[-1]["scheduled_lr"] / 10
 
 
+@pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("held", [RATIO, REPRESENTATION, SLOPE])
-def test_a_larger_target_is_advised_where_the_ratio_held_the_rate(run_of: Any, held: str) -> None:
-    rows = [{**row, "reason": ""} for row in run_of("capped", 0)]
-    rows[len(rows) // 2]["reason"] = f"warmup ended: the scale settled at 0.05: {held}"
+def test_a_larger_target_is_advised_where_the_ratio_held_the_rate(run_of: Any, held: str, ended: bool) -> None:
+    rows = [{**row, "reason": "" if ended else held} for row in run_of("capped", 0)]
+    rows[len(rows) // 2]["reason"] = (
+        f"warmup ended: the scale settled at 0.05: {held}" if ended else "the rate is rising"
+    )
     advice = diagnose(rows).advice
     assert ("lets the rate nearer to the edge" in advice) == (held == RATIO)
     assert ("`target` changes nothing" in advice) == (held != RATIO)
@@ -224,6 +227,14 @@ def test_the_columns_of_warmctls_own_loggers_are_known() -> None:
     found, expected = diagnose(of_loggers), diagnose(own)
     assert found.verdict == expected.verdict == "capped below the schedule"
     assert found.advice == expected.advice
+
+
+def test_a_run_without_warmup_that_does_well_needs_none() -> None:
+    rows = [{"loss_step": 0.1 + 2.0 * math.exp(-step / 20), "lr": 0.1} for step in range(100)]
+    found = diagnose([{"step": step, **row} for step, row in enumerate(rows)])
+    assert found.verdict == "well warmed" and "needs no warmup" in found.advice
+    with pytest.raises(ValueError, match=r"A column of losses is called one of loss, .*: rename yours"):
+        diagnose([{"step": step, "error": 0.1} for step in range(20)])
 
 
 def test_a_record_that_begins_after_warmup_has_none() -> None:

@@ -259,3 +259,11 @@ def test_logging_without_the_wrapper_says_so(tmp_path: Path) -> None:
     log_warmup(run.trainer)
     with pytest.raises(TypeError, match="no AdaptiveWarmup but AdamW"):
         run.train()
+    assert run.trainer.state.global_step == 0
+
+
+def test_a_mixin_that_comes_too_late_says_so() -> None:
+    with pytest.raises(TypeError, match=r"class Late\(WarmupTrainerMixin, ...\)"):
+
+        class Late(Trainer, WarmupTrainerMixin):
+            pass

@@ -38,6 +38,7 @@ def test_every_column_is_a_number_or_text() -> None:
         ('{"step": "NaN"}', "an object with an integer 'step'"),
         ("[2]", "an object with an integer 'step'"),
         ("nonsense", "Expecting value"),
+        ("step,phase,scale", "records are read as JSONL"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, line: str, message: str) -> None:

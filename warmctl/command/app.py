@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from warmctl import __version__
 from warmctl.command.compare import compare
 from warmctl.command.diagnose import diagnose
 from warmctl.command.plan import plan
@@ -19,6 +22,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"warmctl {__version__}")
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+
+
+@app.callback()
+def _options(version: Annotated[bool, VERSION] = False) -> None:
+    pass
+
+
 for command in (plan, plot, summary, compare, watch, diagnose, report):
     app.command()(command)
 app.command(context_settings=ANYTHING)(run)

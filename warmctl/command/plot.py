@@ -16,7 +16,7 @@ def plot(
     runs: Runs,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to: .png, .pdf or .svg.", show_default="RUN.png; runs.png for several"),
+        typer.Option("--out", "-o", help="Where to: .png, .pdf or .svg.", show_default="RUN.png; runs.png for several"),
     ] = None,
     log_steps: Annotated[bool, typer.Option("--log-steps", help="Show steps on a logarithmic axis.")] = False,
 ) -> None:

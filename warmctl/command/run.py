@@ -104,7 +104,10 @@ def _changes(wrapping: Wrapping) -> list[str]:
         ]
     name = assigned(built.text)
     lines = [f"  {built}  after this statement: {name} = AdaptiveWarmup({name}, {wrapping.name})"]
-    if backward is not None and wrapping.on_graph:
+    if backward is not None and wrapping.on_graph and opt.meter.last is not None and opt.meter.last.reason:
+        lines.append(f"  {backward}  into a closure for {name}.step(closure), with zero_grad and the forward pass:")
+        lines.append(f"    {opt.meter.last.reason}")
+    elif backward is not None and wrapping.on_graph:
         lines.append(f"  {backward}  {backward.text}  becomes  {name}.backward({loss_of(backward.text)})")
     return lines
 

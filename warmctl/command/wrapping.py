@@ -56,7 +56,7 @@ class Wrapping:
         opt: the wrapper, once there is one.
         model: the module that it was found to train, and `name`, what the script calls it.
         built, backward: where the optimizer was built, and where the script called `backward` on a loss.
-        on_graph: that loss was measured on its live graph; the model itself returned none.
+        on_graph: that loss was measured on its live graph; the model itself returned none, and there was no closure.
         refused: why optimizers before it were left alone, in words.
     """
 
@@ -132,7 +132,7 @@ class Wrapping:
             frame = _outside_of_torch()
             self.backward = Place(frame.f_code.co_filename, frame.f_lineno)
         if self.opt.phase != "done":
-            self.on_graph = not self.opt.sources.captured.expected
+            self.on_graph = not (self.opt.sources.captured.expected or self.opt.sources.in_closure)
         self._in_backward = True
         try:
             if not args and not kwargs:

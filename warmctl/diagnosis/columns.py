@@ -10,6 +10,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "loss": (
         *("loss", "train_loss_step", "train/loss_step", "train/loss", "loss/train", "training_loss", "lm_loss"),
         *("loss_metrics/global_avg_loss", "train_loss", "train_loss_epoch", "train/loss_epoch"),
+        *("loss_step", "total_loss", "loss_epoch"),
     ),
     "lr": ("*warmup*/lr", "lr", "learning_rate", "train/learning_rate", "train/lr", "lr-*", "lr/*", "learning-rate"),
     "scheduled_lr": ("scheduled_lr",),

@@ -9,9 +9,11 @@ from functools import cached_property
 import numpy as np
 from scipy.ndimage import median_filter
 
+from warmctl.diagnosis.columns import NAMES
 from warmctl.diagnosis.log import Floats, Log, Series
 from warmctl.diagnosis.rules import SHORTEST
 
+CALLED = f"A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours"
 FLOOR = 0.02
 """Losses below this part of the first one are not told apart."""
 
@@ -38,7 +40,9 @@ class Curve:
         series = logged.finite
         if len(logged) < SHORTEST:
             has = f"columns {', '.join(log.columns)}" if not len(logged) else f"{len(logged)} rows with a loss"
-            raise ValueError(f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}")
+            raise ValueError(
+                f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}. {CALLED}"
+            )
         if not len(series):
             raise ValueError(f"{log.name}: none of its losses is finite")
         last = series.steps[-1]

@@ -48,7 +48,7 @@ def advice_for_capped(run: Run) -> str:
     share, peak = middle(tail(_scales(run), 0.1)), run.warmup.peak
     rate = f"`lr={share * peak:.2g}` (now {peak:.3g})" if math.isfinite(peak) else f"`lr` at {share:.2g} of what it is"
     same = f"{rate} is nearly the same run"
-    why = _ended(run)
+    why = _ended(run) or [reason for reason in run.log.words("reason").values() if reason][-1:]
     if why and STABILITY not in why[-1]:
         return f"Nothing is broken, and a larger `target` changes nothing: it was not the stability ratio. {same}."
     return (
@@ -74,7 +74,8 @@ def over_warmed(run: Run) -> Evidence | None:
 def advice_for_over(run: Run) -> str:
     if run.warmup.controlled:
         return (
-            "`max_warmup` ends it; a larger `target` lets the rate rise faster where `reason` is the stability ratio."
+            "Nothing is broken: the rate rose as fast as its gauges allowed. `max_warmup` would hold it at the scale "
+            "of that step; a larger `target` lets it rise faster where `reason` is the stability ratio."
         )
     return f"`warmup_steps={max(1, round(run.warmup.length / 3))}`: nothing in the record asks for more."
 
@@ -93,7 +94,7 @@ def advice_for_well(run: Run) -> str:
         return "Warmup did no harm, but the loss falls slowly and without a rise: try three times the `lr`."
     if run.warmup.controlled:
         return "Keep it. `history.schedule(path)` replays this warmup in other seeds for nothing."
-    return "Keep this warmup."
+    return "Keep this warmup." if run.warmup.length else "Keep it: at this rate the run needs no warmup."
 
 
 def _ended(run: Run) -> list[str]:

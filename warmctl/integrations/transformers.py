@@ -39,6 +39,9 @@ class WarmupLogger(TrainerCallback):
     The Trainer's own `learning_rate` is the schedule's; "warmup/lr", that times "warmup/scale", is what was applied.
     """
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scalars(kwargs["optimizer"])  # now, not at the first log, if it is no AdaptiveWarmup
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:  # not those of an evaluation
             found = scalars(kwargs["optimizer"])
@@ -69,6 +72,13 @@ class WarmupTrainerMixin(_Base):
     Args:
         warmup: options of `AdaptiveWarmup`; all others are those of the Trainer.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, Trainer) and cls.__mro__.index(Trainer) < cls.__mro__.index(WarmupTrainerMixin):
+            raise TypeError(
+                f"WarmupTrainerMixin comes before the Trainer: class {cls.__name__}(WarmupTrainerMixin, ...)"
+            )
 
     def __init__(self, *args: Any, warmup: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.warmup = dict(warmup or {})
