@@ -78,7 +78,8 @@ class SavedState:
             if isinstance(part, Counts):
                 break
             before += len(part.state_values())
-        if isinstance(found, Tensor) and found.numel() > before and float(found[before]) > 0.0:
+        numbers = found.tolist() if isinstance(found, Tensor) and found.dim() == 1 and found.numel() > before else [0.0]
+        if numbers[0] == FORMAT and numbers[before] > 0.0:
             warn(LOADED_BEFORE)
         self.announce_numbers()
 

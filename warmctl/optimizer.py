@@ -151,7 +151,7 @@ class AdaptiveWarmup(OptimizerProxy):
         """
         arguments.closure(closure)
         self._made = None
-        self._follow_parameters()
+        _follow_parameters(self)
         skipped = self._lend_scaler(unscale=self.phase != "done")
         try:
             if closure is None and not skipped:  # a GradScaler takes no closure
@@ -222,13 +222,6 @@ class AdaptiveWarmup(OptimizerProxy):
             self.meter.before_backward(self._due(), loss, self.trainable)
         backward()
 
-    def _follow_parameters(self) -> None:
-        """See which are trainable. Those thawed or added, since a save too, were never measured: warmup restarts."""
-        self._saved.withdraw()
-        if self.sources.follow(self.trainable) or 0 < self.counts.trained < len(self.sources.params):
-            self.restart()
-        self.counts.trained = len(self.sources.params)
-
     def _end_step(self) -> None:
         """After the update: its row, the schedule's own rates again, the batch forgotten, what was thawed seen."""
         if self._made is not None:
@@ -241,7 +234,7 @@ class AdaptiveWarmup(OptimizerProxy):
         self.sources.next_step(measured_on_graph=self.meter.next_step())
         self._take_back_scaler()
         if self._followers:
-            self._follow_parameters()
+            _follow_parameters(self)
 
     def backward(self, loss: Tensor) -> None:
         """In place of `loss.backward()`. A probe that is due is made here, on the live graph, by double backward."""
@@ -317,6 +310,26 @@ def _row(opt: AdaptiveWarmup, made: Made) -> StepRow:
         *(made.ratio, opt.meter.representation_change, opt._signals.end_slope, opt.controller.target, residual),
         *(int(counts.hvps), int(counts.probes), counts.overhead, made.probed, made.reason),
     )
+
+
+def _follow_parameters(opt: AdaptiveWarmup) -> None:
+    """See which are trainable. Those thawed or added, since a save too, were never measured: warmup restarts."""
+    opt._saved.withdraw()
+    before = opt.sources.params
+    if opt.sources.follow(opt.trainable) or 0 < opt.counts.trained < len(opt.sources.params):
+        opt.restart()
+    elif len(opt.sources.params) < len(before):
+        _refer_to_what_trains(opt, {id(p) for p in before})
+    opt.counts.trained = len(opt.sources.params)
+
+
+def _refer_to_what_trains(opt: AdaptiveWarmup, known: set[int]) -> None:
+    """Forecasts are over the largest rate; where its group, one of the known parameters, is frozen, it is another."""
+    then = largest_rate([group for group in opt.param_groups if any(id(p) in known for p in group["params"])], False)
+    now = largest_rate(opt.param_groups)
+    if 0.0 < now < then:
+        opt.controller.refer(now / then)
+        opt.meter.refer(now / then)
 
 
 def _reading(found: Measurement | None, tolerant: bool, due: str) -> Reading | None:

@@ -18,9 +18,9 @@ def trains(group: Mapping[str, Any]) -> bool:
     return any(p.requires_grad for p in group["params"])
 
 
-def largest_rate(groups: Sequence[Mapping[str, Any]]) -> float:
-    """The largest scheduled rate of all groups that train; 0 without any."""
-    return max([learning_rate(group) for group in groups if trains(group)], default=0.0)
+def largest_rate(groups: Sequence[Mapping[str, Any]], training: bool = True) -> float:
+    """The largest scheduled rate of all groups that train, or of all; 0 without any."""
+    return max([learning_rate(group) for group in groups if not training or trains(group)], default=0.0)
 
 
 class ScaledRates:

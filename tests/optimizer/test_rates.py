@@ -226,3 +226,22 @@ def test_the_rate_of_a_frozen_group_has_no_say(frozen: float) -> None:
 
     rows = run(frozen)
     assert str(rows) == str(run(STEEP)) and rows[0]["scheduled_lr"] == STEEP
+
+
+@pytest.mark.parametrize("at", [12, 40])
+def test_freezing_the_fastest_group_is_no_fall_of_the_schedule(at: int) -> None:
+    """A steep bowl at a tenth of the flat one's rate: what is known of it stays known."""
+    flat, steep = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    model = nn.ParameterList([flat, steep])
+    groups = [{"params": [flat], "lr": 1.0}, {"params": [steep], "lr": 0.1}]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups), model)
+    noise = torch.Generator().manual_seed(1)
+    for step in range(200):
+        flat.requires_grad_(step < at)
+        opt.zero_grad()
+        pull = (0.1 * torch.randn(4, generator=noise) * steep).sum()
+        opt.backward(0.0005 * (flat**2).sum() + 50 * (steep**2).sum() + 0.01 * (steep**4).sum() + pull)
+        opt.step()
+        if step >= at:
+            assert opt.metrics["scale"] * 0.1 * 100.0 / 2.0 < 0.81
+    assert opt.history["scheduled_lr"][at - 1 :: at] == [1.0, *[0.1] * (len(opt.history) // at - 1)]

@@ -104,9 +104,10 @@ def _changes(wrapping: Wrapping) -> list[str]:
         ]
     name = assigned(built.text)
     lines = [f"  {built}  after this statement: {name} = AdaptiveWarmup({name}, {wrapping.name})"]
-    if backward is not None and wrapping.on_graph and opt.meter.last is not None and opt.meter.last.reason:
+    failed = opt.meter.last.reason if opt.meter.last is not None else ""
+    if backward is not None and wrapping.on_graph and "differentiated twice" in failed:
         lines.append(f"  {backward}  into a closure for {name}.step(closure), with zero_grad and the forward pass:")
-        lines.append(f"    {opt.meter.last.reason}")
+        lines.append(f"    {failed}")
     elif backward is not None and wrapping.on_graph:
         lines.append(f"  {backward}  {backward.text}  becomes  {name}.backward({loss_of(backward.text)})")
     return lines

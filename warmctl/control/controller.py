@@ -222,6 +222,12 @@ class Controller:
             self.change.take(change, rate)
             self.state.measured_scale = self.state.scale
 
+    def refer(self, factor: float) -> None:
+        """`update` will be given rates `factor` times what they were, and none was changed: a group was frozen."""
+        self.state.forecast /= factor
+        self.change.per_rate /= factor
+        self.ending.highest *= factor
+
     @property
     def _measured(self) -> bool:
         return self.state.readings > 0 or self.change.known

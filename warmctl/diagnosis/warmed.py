@@ -94,7 +94,8 @@ def advice_for_well(run: Run) -> str:
         return "Warmup did no harm, but the loss falls slowly and without a rise: try three times the `lr`."
     if run.warmup.controlled:
         return "Keep it. `history.schedule(path)` replays this warmup in other seeds for nothing."
-    return "Keep this warmup." if run.warmup.length else "Keep it: at this rate the run needs no warmup."
+    needless = run.warmup.end is not None and not run.warmup.length
+    return "Keep it: at this rate the run needs no warmup." if needless else "Keep this warmup."
 
 
 def _ended(run: Run) -> list[str]:

@@ -206,6 +206,10 @@ class Meter:
         graph.wanted = graph.wanted or graph.passes > 0
         return None
 
+    def refer(self, factor: float) -> None:
+        """See `Controller.refer`."""
+        self._rate *= factor
+
     def _last_update(self, rate: float) -> Measurement | None:
         """The reading along the last update, as it would be at this rate."""
         found, self._along_last_update = self._along_last_update, None
