@@ -123,9 +123,9 @@ class AdaptiveWarmup(OptimizerProxy):
     def metrics(self) -> dict[str, Any]:
         """The values of the latest step, plain Python scalars, as the history has them.
 
-        `scale`, `lr`: the factor and the first group's rate as applied; `stability_ratio`: of this step, carried on
-        between probes; `representation_change`, `end_slope`: as last measured; `sharpness`, `threshold`, `residual`:
-        of the last probe, r₁·τ/η in the optimizer's coordinates (SGD with one rate, no weight decay: about λ_max(H)),
+        `scale`, `lr`: the factor, and the first rate of a group that trains, as applied; `stability_ratio`: of this
+        step, carried on between probes; `representation_change`, `end_slope`: as last measured; `sharpness`,
+        `threshold`, `residual`: of the last probe, r₁·τ/η in the optimizer's coordinates (SGD with one rate, no weight decay: about λ_max(H)),
         τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so far, the last in gradient evaluations per
         one of training; `reason`: what holds the scale below 1.
         """

@@ -215,7 +215,7 @@ def test_noisy_readings_are_averaged_both_ways() -> None:
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-def test_a_reading_in_distress_never_raises_the_rate(noisy: bool) -> None:
+def test_a_reading_in_distress_does_not_lower_what_is_known_of_the_ratio(noisy: bool) -> None:
     controller = Controller(0.5)
     controller.update(1.0, Reading(8.0))
     controller.update(1.0, Reading(2.0, noisy=noisy, distress=True))

@@ -125,6 +125,7 @@ def test_a_larger_target_is_advised_where_the_ratio_held_the_rate(run_of: Any, h
     rows[len(rows) // 2]["reason"] = (
         f"warmup ended: the scale settled at 0.05: {held}" if ended else "the rate is rising"
     )
+    rows[-1]["reason"] = rows[-1]["reason"] and "resumed"
     advice = diagnose(rows).advice
     assert ("lets the rate nearer to the edge" in advice) == (held == RATIO)
     assert ("`target` changes nothing" in advice) == (held != RATIO)
@@ -235,6 +236,8 @@ def test_a_run_without_warmup_that_does_well_needs_none() -> None:
     assert found.verdict == "well warmed" and "needs no warmup" in found.advice
     with pytest.raises(ValueError, match=r"A column of losses is called one of loss, .*: rename yours"):
         diagnose([{"step": step, "error": 0.1} for step in range(20)])
+    with pytest.raises(ValueError, match=r"finds 5 rows with a loss$"):
+        diagnose([{"step": step, "loss": 0.1} for step in range(5)])
 
 
 def test_a_record_that_begins_after_warmup_has_none() -> None:

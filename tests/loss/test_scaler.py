@@ -8,7 +8,7 @@ from torch.optim import SGD
 
 from tests.helpers import OwnLoss, batch_of, loss_fn
 from warmctl import AdaptiveWarmup
-from warmctl.loss.scaler import loss_scale
+from warmctl.loss.scaler import loss_scale, trained_on
 
 
 @pytest.mark.parametrize("size", [2.0**16, 2.0**10, 2.0**5])
@@ -98,3 +98,21 @@ def test_a_share_of_all_tokens_is_no_scale() -> None:
     w = torch.ones((), requires_grad=True)
     shares = w * torch.tensor(5000.0) / torch.tensor(10000.0), w * torch.tensor(64.0) / torch.tensor(128.0)
     assert [float(loss_scale(loss)) for loss in shares] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "weights, scaled, expected",
+    [
+        ([], False, None),
+        ([0.25], False, 1.0),
+        ([0.5, 0.5], False, 2.0),
+        ([1.0, 1.0], False, 4.0),
+        ([2.0, 2.0], False, 8.0),
+        ([2.0, 2.0], True, 2.0),
+        ([32768.0, 32768.0], False, 2.0),
+    ],
+)
+def test_the_loss_of_a_step_is_that_of_its_passes(weights: list[float], scaled: bool, expected: float | None) -> None:
+    losses = [torch.tensor(value) for value in (1.0, 3.0)][: len(weights)]
+    found = trained_on(losses, [torch.tensor(weight) for weight in weights], scaled)
+    assert found == expected if expected is None or found is None else float(found) == expected

@@ -107,6 +107,7 @@ def test_a_wrapper_that_was_made_anew_leaves_nothing_of_the_first() -> None:
         opt = AdaptiveWarmup(base, model)
         gc.collect()
         assert first() is None
+        assert sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()) == 1
         for step in range(UNSTEPPED + 2):
             opt.zero_grad()
             opt.backward(loss_fn(model, batch_of(step)))

@@ -9,8 +9,8 @@ the same steps.
 A gradient norm that stands out of its running average makes its own step shorter. What a shock leaves is measured
 later, for at the shock itself the batch that stands out would be all that is seen: the ratio at the next step, on
 credit if it must be, and the representations some steps after it. A run whose norm has grown tenfold is breaking up,
-whatever its last reading says: it is measured every few steps then, on more credit, and a lower reading is no reason to
-go faster.
+whatever its last reading says: it is measured every few steps then, on more credit, and a lower ratio counts for
+nothing in such a probe.
 """
 
 from __future__ import annotations

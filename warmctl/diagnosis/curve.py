@@ -13,7 +13,7 @@ from warmctl.diagnosis.columns import NAMES
 from warmctl.diagnosis.log import Floats, Log, Series
 from warmctl.diagnosis.rules import SHORTEST
 
-CALLED = f"A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours"
+CALLED = f". A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours"
 FLOOR = 0.02
 """Losses below this part of the first one are not told apart."""
 
@@ -39,10 +39,8 @@ class Curve:
         logged = log["loss"]
         series = logged.finite
         if len(logged) < SHORTEST:
-            has = f"columns {', '.join(log.columns)}" if not len(logged) else f"{len(logged)} rows with a loss"
-            raise ValueError(
-                f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}. {CALLED}"
-            )
+            has = f"{len(logged)} rows with a loss" if len(logged) else f"columns {', '.join(log.columns)}{CALLED}"
+            raise ValueError(f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}")
         if not len(series):
             raise ValueError(f"{log.name}: none of its losses is finite")
         last = series.steps[-1]

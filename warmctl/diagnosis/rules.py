@@ -26,7 +26,7 @@ VERDICTS = (LOST, UNDER, CAPPED, OVER, WELL)
 """The first one whose sign is there is given."""
 
 RULES: dict[str, Rule] = {
-    "not finite": Rule("the last {:g} or more losses are not finite", 1, "loss", LOST),
+    "not finite": Rule("the losses at the end are not finite", 1, "loss", LOST),
     "dead": Rule("the loss ends less than {:.0%} below that of the start", 0.1, "loss", LOST),
     "fallen back": Rule("the loss ends with {:.0%} of what it had gained (in log) lost again", 0.7, "loss", LOST),
     "silent": Rule(

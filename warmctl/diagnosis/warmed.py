@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -48,8 +49,8 @@ def advice_for_capped(run: Run) -> str:
     share, peak = middle(tail(_scales(run), 0.1)), run.warmup.peak
     rate = f"`lr={share * peak:.2g}` (now {peak:.3g})" if math.isfinite(peak) else f"`lr` at {share:.2g} of what it is"
     same = f"{rate} is nearly the same run"
-    why = _ended(run) or [reason for reason in run.log.words("reason").values() if reason][-1:]
-    if why and STABILITY not in why[-1]:
+    why = _ended(run)[-1:] or [_usual_reason(run)]
+    if why[0] and STABILITY not in why[0]:
         return f"Nothing is broken, and a larger `target` changes nothing: it was not the stability ratio. {same}."
     return (
         f"Nothing is broken: the landscape carries no more at this `target`. {same}; "
@@ -101,6 +102,13 @@ def advice_for_well(run: Run) -> str:
 def _ended(run: Run) -> list[str]:
     """Why AdaptiveWarmup says that warmup ended, each time."""
     return [reason for reason in run.log.words("reason").values() if "warmup ended" in reason]
+
+
+def _usual_reason(run: Run) -> str:
+    """The commonest in the last tenth of the record, "" if there are none."""
+    reasons = list(run.log.words("reason").values())
+    last = Counter(reasons[-max(1, len(reasons) // 10) :]).most_common(1)
+    return last[0][0] if last else ""
 
 
 def _scales(run: Run) -> Series:

@@ -26,7 +26,7 @@ class LiveGraph:
         if self.passes and not has_gradient:
             self.passes, self.loss = 0, None  # the step of those passes was skipped
         value = loss.detach() / loss_scale(loss)
-        self.passes, self.loss = self.passes + 1, value if self.loss is None else self.loss + value
+        self.passes, self.loss = self.passes + 1, value if self.loss is None else self.loss + value.to(self.loss)
 
     @property
     def last_pass(self) -> bool:

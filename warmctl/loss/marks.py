@@ -68,6 +68,7 @@ class GradientWatch:
         if self._smallest is not None:
             hook = partial(_while_it_lives, weakref.WeakMethod(self._accumulated))  # a wrapper may be made anew
             self._handle = self._smallest.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, self._handle.remove).atexit = False
 
     def __reduce__(self) -> Any:
         return GradientWatch, (self.params,)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warmctl.vectors import wide
+from warmctl.vectors import gathered, local
 
 POWERS = 16.0
 """From which on a power of two is taken for a GradScaler's factor, not for a weight that the user gave the loss."""
@@ -40,18 +40,20 @@ def loss_scale(loss: Tensor) -> Tensor:
     return found
 
 
-def trained_on(losses: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor | None:
-    """The loss of a step from those of its backward passes; None of none. No device waits for it.
+def trained_on(losses: Sequence[Tensor], weights: Sequence[Tensor], scaled: bool) -> Tensor | None:
+    """The loss of a step from those of its backward passes; the loss itself of one, None of none. No device waits.
 
     Args:
-        weights: what each was multiplied by before its pass. Where they are more than 1 on average, a gradient scaler's
-            factor is in them: the mean of the losses is taken.
+        weights: what each was multiplied by before its pass.
+        scaled: a gradient scaler's factor is known to be in them. Then, and where they are as large as one, the mean of
+            the losses is taken, else their weighted sum.
     """
     if len(losses) < 2:
         return losses[-1] if losses else None
-    factors, values = (torch.stack([wide(x).reshape(()) for x in numbers]) for numbers in (weights, losses))
-    total, each = factors @ values, factors.sum()
-    return torch.where(each > len(losses), total / each, total)
+    factors, values = (gathered([local(x).reshape(()) for x in numbers]) for numbers in (weights, losses))
+    total, sum_of_factors = factors @ values, factors.sum()
+    mean = total / sum_of_factors
+    return mean if scaled else torch.where(sum_of_factors >= SCALED, mean, total)
 
 
 def scaled_back(weight: float, seen: float, single: bool) -> bool:

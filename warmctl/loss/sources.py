@@ -122,7 +122,9 @@ class Sources:
     def loss(self) -> Tensor | None:
         """Of all backward passes of this step, detached; None if they went past all sources."""
         capture = self.captured.capture
-        return trained_on(capture.losses, capture.weights) if self.graph.loss is None else self.graph.loss
+        if self.graph.loss is not None:
+            return self.graph.loss
+        return trained_on(capture.losses, capture.weights, capture.scaled)
 
     def _copies(self) -> bool:
         """Whether the gradient of the model's own loss, in the pass under way, is what a probe will begin with."""

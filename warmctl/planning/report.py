@@ -155,7 +155,7 @@ class Plan:
         if self.total_steps is None:
             return "the shortest linear warmup that stays below the target"
         if self.warmup_steps > self.total_steps and self.preconditioned:
-            return "longer than the run if the sharpness stayed; of such rules it mostly falls within tens of steps"
+            return "longer than the run if the sharpness stayed; under such rules it mostly falls within tens of steps"
         if self.warmup_steps > self.total_steps:
             share = self.total_steps / self.warmup_steps
             return f"longer than the run: the peak is never stable here, {share * self.rate:.3g} is"

@@ -52,7 +52,7 @@ def read_json(line: bytes, wrong: Any) -> Any:
         why = shown(error)
     except RecursionError:
         why = "nested too deeply"
-    hint = "" if line.lstrip().startswith(b"{") else "; records are read as JSONL, of history.to_jsonl(path)"
+    hint = "" if line.lstrip().startswith(b"{") else "; records are read as JSONL, as written by history.to_jsonl(path)"
     raise wrong(f"not a row of a history ({why}){hint}")
 
 
