@@ -126,8 +126,8 @@ class AdaptiveWarmup(OptimizerProxy):
         `scale`, `lr`: the factor, and the first rate of a group that trains, as applied; `stability_ratio`: of this
         step, carried on between probes; `representation_change`, `end_slope`: as last measured; `sharpness`,
         `threshold`, `residual`: of the last probe, r₁·τ/η in the optimizer's coordinates (SGD with one rate, no weight
-        decay: about λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so far, the last in gradient evaluations per
-        one of training; `reason`: what holds the scale below 1.
+        decay: about λ_max(H)), τ, and the residual relative to it; `hvps`, `probes`, `overhead`: so far, the last in
+        gradient evaluations per one of training; `reason`: what holds the scale below 1.
         """
         return {k: v for k, v in self._row._asdict().items() if k not in HISTORY_ONLY} | self._followers.latest
 
