@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ class LooksAlone(Cadence):
         return "" if reason == "shock" else reason
 
 
+class Composed(Cadence):
+    """A run that is breaking up is probed no more often."""
+
+    def due(self, cost: float, guarding: bool) -> str:
+        reason = super().due(cost, guarding)
+        return "" if reason == "distress" else reason
+
+
 class AtOnce(Cadence):
     """Three times the tokens at the start, and none for the age of the run."""
 
@@ -56,6 +65,13 @@ class AtOnce(Cadence):
     def step(self, norm: float, cost: float, *more: Any, **others: Any) -> None:
         self.state.tokens -= EARNED * cost / (self.state.age + 1.0)
         super().step(norm, cost, *more, **others)
+
+
+class Trusting(Controller):
+    """A fall of r counts in distress as well."""
+
+    def _read(self, reading: Reading, rate: float) -> None:
+        super()._read(replace(reading, distress=False), rate)
 
 
 class NoStability(Controller):
