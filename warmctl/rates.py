@@ -18,6 +18,11 @@ def trains(group: Mapping[str, Any]) -> bool:
     return any(p.requires_grad for p in group["params"])
 
 
+def shown(groups: Sequence[Mapping[str, Any]]) -> int:
+    """The place of the group whose rate stands for all in rows and readings: the first that trains, or the first."""
+    return next((place for place, group in enumerate(groups) if trains(group)), 0)
+
+
 def largest_rate(groups: Sequence[Mapping[str, Any]], training: bool = True) -> float:
     """The largest scheduled rate of all groups that train, or of all; 0 without any."""
     return max([learning_rate(group) for group in groups if not training or trains(group)], default=0.0)
@@ -72,9 +77,9 @@ class ScaledRates:
         return ScaledRates, ()
 
     def scheduled(self, groups: list[dict[str, Any]]) -> float:
-        """The rate, without the scale, of the first group that trains; of the first if none does."""
-        first = next((i for i, group in enumerate(groups) if trains(group)), 0)
-        return learning_rate(groups[first]) if self._full is None else float(self._full[first])
+        """The rate that is shown, without the scale."""
+        place = shown(groups)
+        return learning_rate(groups[place]) if self._full is None else float(self._full[place])
 
 
 def _is_as_written(rate: Any, written: Any, version: int) -> bool:

@@ -64,6 +64,15 @@ def test_a_follower_is_told_the_scale_the_applied_rate_and_the_phase_of_every_st
     assert {phase for *_, phase in listener.told} == {"warmup", "guard"}
 
 
+def test_the_rate_told_is_of_the_first_group_that_trains() -> None:
+    model, listener = mlp(), Listener()
+    model[0].requires_grad_(False)
+    opt = adam(model).follow(listener)
+    train(opt, model, range(3))
+    assert [rate for _, rate, _ in listener.told] == opt.history["lr"]
+    assert opt.history["scheduled_lr"] == [0.5] * 3
+
+
 @pytest.mark.parametrize("options", [{}, {"max_warmup": 4, "after": "hold"}, {"control": False}])
 def test_who_only_listens_changes_nothing(options: dict[str, Any]) -> None:
     runs = []

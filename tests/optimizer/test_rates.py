@@ -245,3 +245,33 @@ def test_freezing_the_fastest_group_is_no_fall_of_the_schedule(at: int) -> None:
         if step >= at:
             assert opt.metrics["scale"] * 0.1 * 100.0 / 2.0 < 0.81
     assert opt.history["scheduled_lr"][at - 1 :: at] == [1.0, *[0.1] * (len(opt.history) // at - 1)]
+
+
+def test_a_reading_along_the_last_update_is_referred_to_the_groups_that_still_train() -> None:
+    class Plain(torch.optim.Optimizer):
+        """A rule that is not known is measured along the update that it has made, whatever the next one is."""
+
+        def __init__(self, groups: list[dict[str, Any]]) -> None:
+            super().__init__(groups, {})
+
+        def step(self, closure: Any = None) -> None:
+            closure()
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.sub_(0.0 if p.grad is None else group["lr"] * p.grad)
+
+    flat, steep = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    groups = [{"params": [flat], "lr": 1.0}, {"params": [steep], "lr": 0.1}]
+    opt = AdaptiveWarmup(Plain(groups), nn.ParameterList([flat, steep]), every=1)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = 0.0005 * (flat**2).sum() + 50 * (steep**2).sum()
+        loss.backward()
+        return loss
+
+    for step in range(31):
+        flat.requires_grad_(step < 30)
+        opt.step(closure)
+    assert opt.history["stability_ratio"][-2:] == [pytest.approx(0.8)] * 2

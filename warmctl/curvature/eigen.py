@@ -8,7 +8,7 @@ bound: read it together with the residual ‖Av − λv‖, which bounds the dis
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -46,7 +46,7 @@ class EigenResult:
     """
 
     eigenvalue: float
-    eigenvector: Vector
+    eigenvector: Vector = field(repr=False)
     residual: float
     hvps: int
     converged: bool

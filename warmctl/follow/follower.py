@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from warmctl.rates import learning_rate
+from warmctl.rates import learning_rate, shown
 
 
 class Follower(Protocol):
@@ -36,7 +36,7 @@ class Follower(Protocol):
 
         Args:
             scale: what the scheduled rates are multiplied by.
-            rate: the first group's rate as it will be applied.
+            rate: as it will be applied, of the first group that trains.
             phase: "warmup", "guard" or "done".
         """
         ...
@@ -76,8 +76,13 @@ class Levers:
 
     @property
     def rate(self) -> float:
-        """The first group's, as applied."""
-        return learning_rate(self.groups[0]) * self.scales[0]
+        """As applied, of the first group that trains."""
+        return learning_rate(self.groups[shown(self.groups)]) * self.scale * self.shown_factor
+
+    @property
+    def shown_factor(self) -> float:
+        """What followers multiply the rate of the first group that trains by."""
+        return self._factors.get(shown(self.groups), 1.0)
 
     def begin(self, scale: float, probed: bool) -> None:
         """A step is decided: nothing is lent and no rate multiplied yet."""
@@ -95,8 +100,8 @@ class Levers:
         self._factors[group] = self._factors.get(group, 1.0) * factor
 
     def load_factor(self, factor: float) -> None:
-        """The first group's, of the step that a state was saved after."""
-        self._factors = {} if factor == 1.0 else {0: factor}
+        """That of the first group that trains, of the step that a state was saved after."""
+        self._factors = {} if factor == 1.0 else {shown(self.groups): factor}
 
     def lend(self, group: dict[str, Any], name: str, value: Any) -> None:
         """group[name] is `value` until the update has been made."""

@@ -62,8 +62,8 @@ class Followers:
             self._all.append(follower)
 
     def applied(self, scale: float) -> float:
-        """What the first group's rate was multiplied by at the last step, given the scale that was decided."""
-        return self.levers.factors[0] * (scale if self.control else 1.0)
+        """What the rate that is shown was multiplied by at the last step, given the scale that was decided."""
+        return self.levers.shown_factor * (scale if self.control else 1.0)
 
     def ratio(self, decided: float, scale: float) -> float:
         """The stability ratio of the coming update, of what it is at the scale that was decided.
@@ -114,8 +114,8 @@ class Followers:
                 getattr(follower, "detach", _nothing)()
 
     def state_values(self) -> list[float]:
-        """The first group's factor; of each follower whether it was dropped, and its own numbers. None without any."""
-        values = self.levers.factors[:1] if self._all else []
+        """The factor of the rate that is shown; of each follower whether it was dropped, and its own numbers. None without any."""
+        values = [self.levers.shown_factor] if self._all else []
         for place, follower in enumerate(self._all):
             dropped = place in self._dropped
             values += [float(dropped), *([0.0] * self._dropped[place] if dropped else _flat(follower))]
@@ -123,20 +123,20 @@ class Followers:
 
     def check_state_values(self, values: list[float]) -> None:
         """A follower checks its own when they are loaded, and is rolled back."""
-        check(values[:1], {"factor of the first group's rate": POSITIVE} if self._all else {})
+        check(values[:1], {"factor of the first rate": POSITIVE} if self._all else {})
         for place, dropped, _ in self._split(values):
             check([dropped], {f"dropped of {type(self._all[place]).__name__}": FLAG})
 
     def load_state_values(self, values: list[float]) -> None:
         parts = list(self._split(values))
         self._dropped.clear()
-        if self._all:
-            self.levers.load_factor(values[0])
         for place, dropped, own in parts:
             if dropped:
                 self._dropped[place] = len(own)
             elif own:
                 _load(self._all[place], own)
+        if self._all:
+            self.levers.load_factor(values[0])  # of the group that is the first to train now
 
     def _split(self, values: list[float]) -> Iterator[tuple[int, float, list[float]]]:
         start = 1
