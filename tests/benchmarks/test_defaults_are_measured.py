@@ -19,7 +19,6 @@ from warmctl.control.controller import Controller, Reading
 from warmctl.curvature.operators import HessianOperator
 from warmctl.curvature.scaled import ScaledOperator
 from warmctl.stability.estimator import SharpnessEstimator
-from warmctl.stability.update_rules import update_rule
 
 
 def train(variant: str, rule: Callable[..., Optimizer], steps: int = 6) -> tuple[AdaptiveWarmup, list[float]]:
@@ -80,7 +79,7 @@ def probe(part: type, rate: float = 1.9, gradients: tuple[Tensor, ...] = (GRADIE
     """Eigenvalues read in turn along plain gradient descent at a rate where A = H·rate/2."""
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=rate)
-    estimator = SharpnessEstimator(optimizer, update_rule(optimizer), "double_backward", "lanczos", 2)
+    estimator = SharpnessEstimator(optimizer, "double_backward", "lanczos", 2)
     estimator.__class__ = part
     found = []
     for gradient in gradients:
@@ -121,7 +120,7 @@ def test_batch_sharpness_averages_above_and_below() -> None:
 def test_batch_aware_target_falls_with_the_quotient() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
-    estimator = readings.BatchAware(optimizer, update_rule(optimizer), "double_backward", "lanczos", 2)
+    estimator = readings.BatchAware(optimizer, "double_backward", "lanczos", 2)
     p.grad, estimator.vector = GRADIENT.clone(), [TRACKED.clone()]
     with HessianOperator(lambda: 0.5 * p @ HESSIAN @ p, [p], "double_backward") as operator:
         share = estimator.measure_on(operator, 0).share
@@ -134,9 +133,7 @@ def test_raw_is_one_number_for_adam_and_the_default_for_sgd() -> None:
         p.grad = GRADIENT.clone()
         optimizer = rule([p])
         parts = (SharpnessEstimator, readings.Raw)
-        plain, raw = (
-            part(optimizer, update_rule(optimizer), "auto", "lanczos", 2).scaling([p])[0][0] for part in parts
-        )
+        plain, raw = (part(optimizer, "auto", "lanczos", 2).scaling([p])[0][0] for part in parts)
         assert len(raw.unique()) == 1 and raw[0] == plain.median()
         assert torch.equal(raw, plain) == (rule is momentum)
 

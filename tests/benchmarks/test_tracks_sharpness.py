@@ -19,7 +19,6 @@ from benchmarks.tracks_sharpness.nets import Tracked
 from benchmarks.tracks_sharpness.targets import judged
 from warmctl import sharpness
 from warmctl.stability.estimator import SharpnessEstimator
-from warmctl.stability.update_rules import update_rule
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -75,7 +74,7 @@ def test_preconditioned_truth_is_on_the_wrappers_own_diagonal(steps: int) -> Non
     optimizer.zero_grad()
     nets.loss_of(model, batch).backward()
     p = preconditioner(optimizer, [q.grad for q in model.parameters()])
-    estimator = SharpnessEstimator(optimizer, update_rule(optimizer), "auto", "lanczos", 2)
+    estimator = SharpnessEstimator(optimizer, "auto", "lanczos", 2)
     root = torch.cat([r.flatten().double() for r in estimator.scaling(list(model.parameters()))[0]])
     edge = 38 * (1 - 0.9 ** (steps + 1))
     torch.testing.assert_close(root**2, 1e-2 / (edge * p), rtol=1e-4, atol=0)

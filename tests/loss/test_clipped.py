@@ -48,6 +48,20 @@ def step(source: str, opt: Optimizer, model: nn.Module, batch: int, clip: Clip, 
         opt.step()
 
 
+def by_data(model: nn.Module) -> object:
+    """As was done before `clip_grad_value_`: no version counter tells of it."""
+    return [p.grad.data.clamp_(-1e-3, 1e-3) for p in model.parameters()]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_gradient_that_is_written_to_past_its_version_counter(source: str) -> None:
+    model = OwnLoss()
+    opt = exact_monitor(model, SGD(model.parameters(), 1e-5), hvp="finite_difference", every=1)
+    for clip in (not_at_all, by_data):
+        step(source, opt, model, 0, clip)
+    assert opt.history["sharpness"][1] == pytest.approx(opt.history["sharpness"][0], rel=0.05)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("hvp", ["finite_difference", "double_backward"])
 def test_what_is_measured_is_the_loss_before_clipping(source: str, hvp: str) -> None:

@@ -70,6 +70,21 @@ def test_a_scaler_that_begins_low_is_told_from_a_weight_by_what_was_divided_out(
     assert run(torch.amp.GradScaler("cpu", init_scale=2.0**10)) == pytest.approx(plain, rel=1e-2)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scaler_that_begins_low_is_told_though_the_last_micro_batch_is_small_and_opposed(seed: int) -> None:
+    def run(scaler: torch.amp.GradScaler) -> float:
+        model, generator = OwnLoss(), torch.Generator().manual_seed(seed)
+        opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+        for size in (8, 8, 8, 2):
+            batch = torch.randn(size, 6, generator=generator), torch.randn(size, 3, generator=generator)
+            scaler.scale(model(batch)["loss"] * (size / 26)).backward()
+        scaler.step(opt)
+        return float(opt.metrics["sharpness"])
+
+    low, high = (run(torch.amp.GradScaler("cpu", init_scale=size)) for size in (2.0**10, 2.0**16))
+    assert low == pytest.approx(high, rel=1e-2)
+
+
 def test_a_weight_that_the_user_gave_the_loss_is_no_scale() -> None:
     def sharpness(weight: float) -> float:
         model = OwnLoss()

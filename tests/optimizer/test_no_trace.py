@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_db
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import (
     Batch,
@@ -223,3 +225,20 @@ def test_the_same_seed_gives_the_same_run(optimizer_class: Any) -> None:
     assert_same(second[0], first[0])
     assert_same(second[1], first[1])
     assert len({row["scale"] for row in first[0]}) > 1  # something was decided
+
+
+def test_modules_that_a_product_runs_again_keep_their_buffers() -> None:
+    def run(wrap: bool) -> Any:
+        model = noisy_net()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        opt: Any = AdaptiveWarmup(base, model, control=False, every=1) if wrap else base
+        for step in range(3):
+            opt.zero_grad()
+            x, y = batch_of(step)
+            loss = F.mse_loss(model[2:](checkpoint(model[:2], x, use_reentrant=False)), y)
+            opt.backward(loss) if wrap else loss.backward()
+            opt.step()
+        assert not wrap or opt.metrics["probes"] == 3
+        return everything(model, base)
+
+    assert_same(run(True), run(False))

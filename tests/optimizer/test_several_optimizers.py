@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -190,3 +192,16 @@ def test_the_member_without_a_rule_is_named() -> None:
     opt.backward(loss_fn(model, batch_of(0)))
     with pytest.raises(RuntimeError, match=r"backward\(loss\) cannot measure Muon: "):
         opt.step()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_measures_its_own_members(duplicate: Any) -> None:
+    model = Net()
+    opt = AdaptiveWarmup(PAIRS["SGD, Adam"](model), model, every=1)
+    train(model, [opt], range(4))
+    other, twin = duplicate((model, opt))
+    for net, run in ((model, opt), (other, twin)):
+        train(net, [run], range(4, 8))
+    assert decisions(list(twin.history)) == decisions(list(opt.history))
+    assert_same(weights(other), weights(model))
+    assert math.isfinite(twin.metrics["sharpness"]) and twin.counts.probes == opt.counts.probes > 5

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from warmctl.curvature import double_backward, finite_difference, forward_over_reverse
@@ -80,14 +80,16 @@ class HessianOperator:
         loss: Tensor,
         params: Sequence[Tensor],
         reduce: Callable[[Vector], None] | None = None,
+        module: nn.Module | None = None,
         **options: Any,
     ) -> HessianOperator:
         """By double backward on a graph that is alive already: that of `loss`. Cost: as double backward.
 
         Args:
             reduce: called on a finished product, in place; averages over ranks, as a `Replay` does.
+            module: whose buffers and modes are put back: checkpointed modules run again in each product.
         """
-        operator = cls(Replay(lambda: loss, params, reduce=reduce), params, "double_backward", **options)
+        operator = cls(Replay(lambda: loss, params, module, reduce=reduce), params, "double_backward", **options)
         operator._graph = double_backward.connected_gradient(loss, operator.params)
         operator.cost += 1.0
         return operator

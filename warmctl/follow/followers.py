@@ -114,7 +114,7 @@ class Followers:
                 getattr(follower, "detach", _nothing)()
 
     def state_values(self) -> list[float]:
-        """The factor of the rate that is shown; of each follower whether it was dropped, and its own numbers. None without any."""
+        """The factor of the rate that is shown; of each follower whether it was dropped, and its own numbers."""
         values = [self.levers.shown_factor] if self._all else []
         for place, follower in enumerate(self._all):
             dropped = place in self._dropped

@@ -294,7 +294,7 @@ class CapturedSource:
         device = params[0].device
         copy, self.watch.copy = self.watch.copy, None
         present = None if self.capture.scaled else copy  # that would be scaled
-        if distributed.everywhere(self.watch.untouched, device):
+        if present is None and distributed.everywhere(self.watch.untouched, device):
             present = [dense_gradient(p) for p in params]
         replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = distributed.everywhere(len(self.capture.weights) == 1, device)

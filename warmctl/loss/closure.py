@@ -146,7 +146,9 @@ class ClosureRun:
         copy, self._copy = self._copy, None
         if self._left is None or self._passes_before or self._mixed:
             return None
-        return [dense_gradient(p) for p in self.params] if self._left.hold() else copy
+        if copy is not None:
+            return copy
+        return [dense_gradient(p) for p in self.params] if self._left.hold() else None
 
     @property
     def weight(self) -> float:

@@ -61,8 +61,9 @@ def scaled_back(weight: float, seen: float, single: bool) -> bool:
 
     Args:
         weight: what the loss was multiplied by.
-        seen: how much of the gradient without it is in that of the step: the weight; or 1, less where it was clipped.
+        seen: how much of the gradient without it is in that of the step: the weight; or 1, less where it was clipped,
+            anything small where other micro-batches have other gradients.
     """
     power = math.log2(weight) if weight >= POWERS else 0.5
     halfway = math.sqrt(weight) if abs(power - round(power)) < 1e-4 else 0.0
-    return weight != 1.0 and ((single and abs(seen - 1.0) < SCALED_BACK) or 0.0 < seen < halfway)
+    return weight != 1.0 and ((single and abs(seen - 1.0) < SCALED_BACK) or abs(seen) < halfway)

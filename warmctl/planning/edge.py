@@ -17,7 +17,6 @@ from warmctl.curvature.scaled import ScaledOperator
 from warmctl.loss.replay import Replay
 from warmctl.planning.double import double_of, first_rate, put_back, set_rates, take_step
 from warmctl.stability.step_scale import StepScale
-from warmctl.stability.update_rules import UpdateRule
 from warmctl.vectors import Vector, add_, dot, locals_of
 
 PRECISION = 1e-3
@@ -49,11 +48,9 @@ class Edge:
     products: int
 
 
-def measure_edge(
-    replay: Replay, gradient: Vector, double: Optimizer, rule: UpdateRule, *, tol: float, steps: int, raw: bool
-) -> Edge:
+def measure_edge(replay: Replay, gradient: Vector, double: Optimizer, *, tol: float, steps: int, raw: bool) -> Edge:
     """The edge of the coming step of `double`, a step with `gradient`, which is in the parameters' `.grad`."""
-    step = StepScale(double, rule)
+    step = StepScale(double)
     root, shift, sign = step.scaling(replay.params)
     with HessianOperator(replay, replay.params, central=raw) as operator:
         found = []

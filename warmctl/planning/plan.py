@@ -143,7 +143,7 @@ def _by_curvature(replay: Replay, gradient: Vector, double: Optimizer, peak: flo
         figures["sharpness"], residual = found.eigenvalue, found.residual / max(abs(found.eigenvalue), 1e-30)
         converged = found.converged
     else:
-        edge, reasons = measure_edge(replay, gradient, double, rule, tol=TOL, steps=STEPS, raw=True), {}
+        edge, reasons = measure_edge(replay, gradient, double, tol=TOL, steps=STEPS, raw=True), {}
         # The double may have a rate of 1 in place of none: what is proportional to it is then 0.
         unit = first_rate([float(group["lr"]) for group in double.param_groups])
         critical = unit / edge.ratio if edge.ratio > 0 else math.inf

@@ -163,11 +163,9 @@ class _Sweep:
 
     def _ratio(self, batch: Any) -> float | None:
         """r₁ of the coming step, on its batch; None if it could not be measured."""
-        rule = update_rule(self.double)
-        assert rule is not None
         replay = Replay.of_loss(lambda: self.loss_fn(self.model, batch), self.params, module=self.model)
         gradient = [dense_gradient(p).clone() for p in self.params]
-        edge = measure_edge(replay, gradient, self.double, rule, tol=PROBE_TOL, steps=PROBE_STEPS, raw=False)
+        edge = measure_edge(replay, gradient, self.double, tol=PROBE_TOL, steps=PROBE_STEPS, raw=False)
         return edge.ratio if math.isfinite(edge.ratio) else None
 
 

@@ -23,7 +23,6 @@ from warmctl.curvature.tracking import power_step, ritz_step
 from warmctl.loss.replay import Replay
 from warmctl.stability.measurement import Measurement
 from warmctl.stability.step_scale import StepScale
-from warmctl.stability.update_rules import UpdateRule
 from warmctl.vectors import Vector, add_, dense_gradient, local, locals_of, random_like
 from warmctl.warning import first_line
 
@@ -51,16 +50,13 @@ class SharpnessEstimator(StepScale):
 
     Args:
         optimizer: the wrapped optimizer, read only.
-        rule: its update rule; None if it has none, and then there is nothing to measure here.
         hvp: method of the Hessian-vector product, as in `HessianOperator`.
         estimator: "lanczos" or "power".
         steps: products a probe; twice as many from cold.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, rule: UpdateRule | None, hvp: str, estimator: str, steps: int
-    ) -> None:
-        super().__init__(optimizer, rule)
+    def __init__(self, optimizer: torch.optim.Optimizer, hvp: str, estimator: str, steps: int) -> None:
+        super().__init__(optimizer)
         self.method, self.solve, self.steps = hvp, ESTIMATORS[estimator], steps
         self.vector: Vector | None = None
 

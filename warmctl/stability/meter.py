@@ -20,7 +20,7 @@ from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
 from warmctl.stability.probe import Prober, RealisedUpdate, UpdateMade
-from warmctl.stability.update_rules import update_rule
+from warmctl.stability.update_rules import UpdateRule, update_rule
 from warmctl.state import Allowed, Counts, check
 from warmctl.vectors import Vector, locals_of
 from warmctl.warning import warn
@@ -62,7 +62,6 @@ class Meter:
         seed: of the random component of a warm start; a probe adds its number.
 
     Attributes:
-        rule: the optimizer's update rule; None if it has none, and is measured along the updates that it makes.
         last, representation_change: of the last probe, and of the last update that was looked at; nan if not seen.
     """
 
@@ -77,10 +76,9 @@ class Meter:
         probe_steps: int,
         seed: int,
     ) -> None:
-        self.rule = update_rule(optimizer)
         self.sources, self.counts = sources, counts
         self.probe_steps, self.seed = probe_steps, seed
-        self.estimator = SharpnessEstimator(optimizer, self.rule, hvp, estimator, probe_steps)
+        self.estimator = SharpnessEstimator(optimizer, hvp, estimator, probe_steps)
         self.prober = Prober(model, sources, self.estimator)
         self.last: Measurement | None = None
         self.representation_change = math.nan
@@ -93,6 +91,11 @@ class Meter:
         self._rate = math.nan  # of the last update measured along
         self._said: set[str] = set()
         self._missed = 0  # steps in a row at which a probe was due, and nothing to measure on
+
+    @property
+    def rule(self) -> UpdateRule | None:
+        """The optimizer's update rule; None if it has none, and is measured along the updates that it makes."""
+        return self.estimator.rule
 
     @property
     def tolerant(self) -> bool:

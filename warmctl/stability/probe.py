@@ -160,7 +160,7 @@ class Prober:
                     torch._foreach_div_(vector, scale)
 
             with no_trace(params, self.model):  # checkpointed modules run again
-                operator = HessianOperator.on_graph(loss, params, finish, inner=inner)
+                operator = HessianOperator.on_graph(loss, params, finish, self.model, inner=inner)
             with operator:
                 for p, gradient in zip(params, operator.graph_gradient(finish), strict=True):
                     if gradient is not None:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from warmctl import distributed
 from warmctl.rates import learning_rate, trains
-from warmctl.stability.update_rules import UpdateRule
+from warmctl.stability.update_rules import UpdateRule, update_rule
 from warmctl.vectors import Vector, dense_gradient, local, locals_of, significant
 
 
 class StepScale:
-    """Args: optimizer: read only. rule: its update rule; None if it has none, and then there is nothing to scale by."""
+    """Args: optimizer: read only."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rule: UpdateRule | None) -> None:
-        self.optimizer, self.rule = optimizer, rule
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @cached_property
+    def rule(self) -> UpdateRule | None:
+        """The update rule of the optimizer; None if it has none, and then there is nothing to scale by."""
+        return update_rule(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rule: a user's may not pickle, and that of several optimizers looks into these very ones."""
+        return {name: value for name, value in self.__dict__.items() if name != "rule"}
 
     def scaling(self, params: Sequence[Tensor]) -> tuple[Vector, list[float], float]:
         """D^½ (zero where the coming step moves nothing), coupled weight decay per tensor, and the sign of H."""
