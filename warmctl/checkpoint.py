@@ -20,7 +20,7 @@ from warmctl.state import Counts, Saved
 from warmctl.warning import warn
 
 NUMBERS, VECTOR, AVERAGE = "warmctl", "warmctl_vector", "warmctl_average"
-FORMAT = 4.0
+FORMAT = 5.0
 LAYOUT = "param_groups", "state"
 LOADED_BEFORE = (
     "warmctl: the optimizer had loaded the state of an AdaptiveWarmup when it was wrapped, and warmup begins anew. To "
@@ -144,7 +144,8 @@ class SavedState:
         """
         bare, numbers, vectors = unpack(state_dict, self.vectors)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        _check_number(numbers, len(self._values()))
+        if len(bare["param_groups"]) == len(self.optimizer.param_groups):  # else the optimizer says so
+            _check_number(numbers, len(self._values()))
         pairs = [] if numbers is None else self._split(numbers)
         for part, values in pairs:
             part.check_state_values(values)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from warmctl import arguments
 from warmctl.checkpoint import AVERAGE, VECTOR, SavedState
+from warmctl.common_rate import CommonRate
 from warmctl.control.cadence import Cadence
 from warmctl.control.controller import Controller, Reading
 from warmctl.follow.follower import Follower
@@ -23,7 +24,7 @@ from warmctl.loss.replay import Closure
 from warmctl.loss.sources import Sources
 from warmctl.momentum import persistence
 from warmctl.proxy import OptimizerProxy
-from warmctl.rates import ScaledRates, largest_rate
+from warmctl.rates import ScaledRates
 from warmctl.record.about import configuration
 from warmctl.record.history import History, StepRow
 from warmctl.record.scalars import scalars
@@ -100,7 +101,8 @@ class AdaptiveWarmup(OptimizerProxy):
         self.sources = Sources(model, self.trainable, self._due, loss_fn)
         self.meter = Meter(optimizer, model, self.sources, self.counts, hvp, estimator, probe_steps, seed)
         self.controller = Controller(target=float(target), after=after, max_warmup=max_warmup)
-        self.cadence, self._rates, self._signals = Cadence(every=every, budget=budget), ScaledRates(), StepSignals()
+        self.cadence, self._signals = Cadence(every=every, budget=budget), StepSignals()
+        self._common, self._rates = CommonRate(optimizer), ScaledRates()
         options = {"target": target, "every": every, "budget": budget, "after": after, "control": control}
         self.history = History(about=configuration(optimizer, model, **options))
         self._followers, self._nonfinite = Followers(optimizer, control), NonfiniteSteps(skip_nonfinite)
@@ -169,7 +171,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _decide(self, loss: Tensor | None) -> None:
         """The gradient is there: read signals, probe if due, decide, scale. `loss`: detached, None if unknown."""
-        rate, params, before = largest_rate(self.param_groups), self.sources.params, self.phase
+        rate, params, before = self._common.value, self.sources.params, self.phase
         if rate <= 0.0 or not self.has_gradient:  # the step moves nothing
             return
         if before != "done" or self._nonfinite.skip:
@@ -202,7 +204,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _guarding(self) -> bool:
         """Whether probes may be sparse: a rate above any of warmup's is probed as in warmup."""
-        return self.phase != "warmup" and not self.controller.rising(largest_rate(self.param_groups))
+        return self.phase != "warmup" and not self.controller.rising(self._common.value)
 
     def _due(self) -> str:
         """Why to probe at the coming step, or ""."""
@@ -217,8 +219,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def backward_on_graph(self, loss: Tensor, backward: Callable[[], None]) -> None:
         """Run `backward`; before it, measure on the graph that it will free, if that was asked for."""
-        self.sources.graph.begin_pass(loss, self.has_gradient)
-        if self.phase != "done" and largest_rate(self.param_groups) > 0.0:
+        self.sources.graph.begin_pass(loss, self.sources.watch.cleared)
+        if self.phase != "done" and self._common.value > 0.0:
             self.meter.before_backward(self._due(), loss, self.trainable)
         backward()
 
@@ -227,7 +229,7 @@ class AdaptiveWarmup(OptimizerProxy):
         if self._made is not None:
             self._row = _row(self, self._made)
             self.history.record(self._row, self._followers.row)
-        elif largest_rate(self.param_groups) <= 0.0:
+        elif self._common.value <= 0.0:
             self._row = self._row._replace(lr=0.0)
         self._followers.end()
         self._rates.restore(self.param_groups)
@@ -257,7 +259,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def restart(self) -> None:
         """Begin warmup again from here."""
-        for part in (self.controller, self.cadence, self.meter):
+        for part in (self.controller, self.cadence, self.meter, self._common):
             part.restart()
         self._signals.rest()
         self.sources.wake()
@@ -266,6 +268,7 @@ class AdaptiveWarmup(OptimizerProxy):
         """As in PyTorch. Warmup starts again, as it does when parameters are thawed: they have never been measured."""
         super().add_param_group(param_group)
         self.restart()
+        self._saved.announce_numbers()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict and, inside it, the wrapper's: primitives and tensors, two vectors."""
@@ -290,7 +293,7 @@ class AdaptiveWarmup(OptimizerProxy):
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the two vectors. The order is that of the checkpoint's format."""
         controlling = *self.controller.parts, self.cadence.state, self.counts
-        return *controlling, *self.sources.parts, self.meter, self._signals, self._followers
+        return *controlling, *self.sources.parts, self.meter, self._signals, self._common, self._followers
 
 
 def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:
@@ -313,23 +316,13 @@ def _row(opt: AdaptiveWarmup, made: Made) -> StepRow:
 
 
 def _follow_parameters(opt: AdaptiveWarmup) -> None:
-    """See which are trainable. Those thawed or added, since a save too, were never measured: warmup restarts."""
+    """See which train. Those thawed, added or given a rate, since a save too, were never measured: warmup restarts."""
     opt._saved.withdraw()
-    before = opt.sources.params
-    if opt.sources.follow(opt.trainable) or 0 < opt.counts.trained < len(opt.sources.params):
+    thawed = opt.sources.follow(opt.trainable) or 0 < opt.counts.trained < len(opt.sources.params)
+    if opt._common.joined() or thawed:
         opt.restart()
-    elif len(opt.sources.params) < len(before):
-        _refer_to_what_trains(opt, {id(p) for p in before})
+        opt._common.joined()
     opt.counts.trained = len(opt.sources.params)
-
-
-def _refer_to_what_trains(opt: AdaptiveWarmup, known: set[int]) -> None:
-    """Forecasts are over the largest rate; where its group, one of the known parameters, is frozen, it is another."""
-    then = largest_rate([group for group in opt.param_groups if any(id(p) in known for p in group["params"])], False)
-    now = largest_rate(opt.param_groups)
-    if 0.0 < now < then:
-        opt.controller.refer(now / then)
-        opt.meter.refer(now / then)
 
 
 def _reading(found: Measurement | None, tolerant: bool, due: str) -> Reading | None:

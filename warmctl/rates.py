@@ -23,11 +23,6 @@ def shown(groups: Sequence[Mapping[str, Any]]) -> int:
     return next((place for place, group in enumerate(groups) if trains(group)), 0)
 
 
-def largest_rate(groups: Sequence[Mapping[str, Any]], training: bool = True) -> float:
-    """The largest scheduled rate of all groups that train, or of all; 0 without any."""
-    return max([learning_rate(group) for group in groups if not training or trains(group)], default=0.0)
-
-
 class ScaledRates:
     """Tensor rates are filled in place and never read, which would make a device wait."""
 

@@ -33,6 +33,15 @@ def dense_gradient(param: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 
+def as_copied(params: Sequence[Tensor], copy: Vector) -> Vector:
+    """The gradients where they are still what was copied of them, so that the copy can go, else the copy.
+
+    A write through `.data` shows in no version counter. Waits for the device.
+    """
+    present = [dense_gradient(p) for p in params]
+    return present if all(map(torch.equal, present, copy)) else copy
+
+
 def copied_gradients(params: Sequence[Tensor]) -> Vector | None:
     """`dense_gradient` of each, as copies; None where there is no memory for them."""
     try:

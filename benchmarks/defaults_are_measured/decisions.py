@@ -249,7 +249,7 @@ class Realised(AdaptiveWarmup):
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
         super().__init__(optimizer, model, **options)
-        self.meter.rule = None
+        self.meter.estimator.rule = None
 
 
 class LagOneMeter(Meter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import SGD
 from tests.helpers import OwnLoss, batch_of, mlp
 from tests.loss.helpers import FORMS, Returns, dense, exact_monitor, loss_of, sharpness_of
 from warmctl import AdaptiveWarmup
+from warmctl.loss.source import EXACT, NEVER
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -106,8 +108,9 @@ def test_a_gradient_that_nobody_touched_is_not_computed_again() -> None:
     assert costs == [5, 2, 2]  # twice the products from cold, and the check
 
 
+@pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("batches", [1, 2])
-def test_captured_passes_of_a_skipped_step_do_not_count(batches: int) -> None:
+def test_captured_passes_of_a_skipped_step_do_not_count(batches: int, to_none: bool) -> None:
     def run(skipped: int) -> float:
         model = OwnLoss()
         opt = AdaptiveWarmup(SGD(model.parameters(), 1e-3), model, control=False, every=1)
@@ -115,10 +118,10 @@ def test_captured_passes_of_a_skipped_step_do_not_count(batches: int) -> None:
             for _ in range(batches):
                 (model(batch_of(0))["loss"] / batches).backward()
             if 0 < step < 1 + skipped:  # a spike, say
-                opt.zero_grad()
+                opt.zero_grad(set_to_none=to_none)
                 continue
             opt.step()
-            opt.zero_grad()
+            opt.zero_grad(set_to_none=to_none)
         return float(opt.metrics["sharpness"])
 
     assert run(3) == pytest.approx(run(0), rel=0.02)  # not four times it
@@ -215,3 +218,37 @@ def test_an_energy_that_is_trained_on_by_a_function_of_it_is_no_loss() -> None:
     (model(batch_of(0)[0]) - 3.0).square().backward()
     with pytest.warns(RuntimeWarning, match="not what is trained on"):
         opt.step()
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_a_term_that_joins_the_models_own_loss_later_is_noticed(clip: float | None) -> None:
+    """It would be taken for curvature: a finite difference begins with the gradient of the step."""
+    model = OwnLoss()
+    opt = AdaptiveWarmup(SGD(model.parameters(), 0.1), model, every=5)
+    with pytest.warns(RuntimeWarning, match="the model's own loss is not what is trained on"):
+        for step in range(60):
+            opt.zero_grad()
+            penalty = sum(p.square().sum() for p in model.parameters())
+            (model(batch_of(0))["loss"] + (0.1 * penalty if step >= 30 else 0.0)).backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+    assert opt.sources.verdict.repeats == NEVER
+    measured = [sharpness for sharpness in opt.history["sharpness"] if math.isfinite(sharpness)]
+    assert max(measured) < 3.0 * measured[0]
+    assert opt.metrics["scale"] >= opt.history["scale"][29]
+
+
+def test_a_reading_that_jumps_by_itself_is_compared_once_more_and_stands() -> None:
+    model = OwnLoss()
+    opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+    costs = []
+    for size in (1.0, 1.0, 30.0, 30.0):  # of the inputs
+        opt.zero_grad()
+        x, y = batch_of(0)
+        model((size * x, y))["loss"].backward()
+        opt.step()
+        assert opt.meter.last is not None
+        costs.append(opt.meter.last.cost)
+    assert costs == [5, 2, 3, 2]
+    assert opt.sources.verdict.repeats == EXACT and opt.metrics["sharpness"] > 3.0 * opt.history["sharpness"][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -52,18 +53,34 @@ def test_a_probe_on_the_live_graph_does_not_keep_it() -> None:
     assert opt.metrics["probes"] == 3
 
 
-def test_passes_of_a_skipped_step_do_not_count() -> None:
+@pytest.mark.parametrize("to_none", [True, False])
+def test_passes_of_a_skipped_step_do_not_count(to_none: bool) -> None:
     def run(skipped: int) -> float:
         model = mlp()
         opt = AdaptiveWarmup(SGD(model.parameters(), 1e-3), model, control=False, every=1)
         for _ in range(skipped):
             opt.backward(loss_fn(model, batch_of(0)))
-            opt.zero_grad()
+            opt.zero_grad(set_to_none=to_none)
         opt.backward(loss_fn(model, batch_of(0)))
         opt.step()
         return float(opt.metrics["sharpness"])
 
     assert run(3) == pytest.approx(run(0), rel=0.05)  # not four times it
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_step_after_one_that_a_scaler_skipped_is_no_part_of_it(to_none: bool) -> None:
+    model = mlp()
+    opt = AdaptiveWarmup(SGD(model.parameters(), 1e-3), model, skip_nonfinite=True, every=1)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(8):
+        opt.zero_grad(set_to_none=to_none)
+        loss = loss_fn(model, batch_of(step))
+        opt.backward(scaler.scale(loss) * (math.inf if step in (0, 1, 5) else 1.0))
+        scaler.step(opt)
+        scaler.update()
+    assert opt.history["step"] == [1, 2, 3, 4, 5]
+    assert all(map(math.isfinite, opt.history["loss"]))
 
 
 def test_micro_batches_are_probed_once_and_not_at_rate_zero(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,3 +275,47 @@ def test_a_reading_along_the_last_update_is_referred_to_the_groups_that_still_tr
         flat.requires_grad_(step < 30)
         opt.step(closure)
     assert opt.history["stability_ratio"][-2:] == [pytest.approx(0.8)] * 2
+
+
+def ratio_of_bowls(rates: list[float]) -> float:
+    """The true one of two bowls of sharpness .001 and 100 under SGD, at these rates."""
+    return max(rates[0] * 0.001, rates[1] * 100.0) / 2.0
+
+
+@pytest.mark.parametrize("factor", [10.0, 30.0])
+def test_a_steep_group_that_is_raised_beside_a_faster_flat_one(factor: float) -> None:
+    flat, steep = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    groups = [{"params": [flat], "lr": 1.0}, {"params": [steep], "lr": 0.001}]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups), nn.ParameterList([flat, steep]))
+    schedule = schedulers.LambdaLR(opt, [lambda _: 1.0, lambda step: factor if step >= 150 else 1.0])
+    noise = torch.Generator().manual_seed(1)
+    for step in range(300):
+        opt.zero_grad()
+        pull = (0.1 * torch.randn(4, generator=noise) * (steep + 0.001 * flat)).sum()
+        opt.backward(0.0005 * (flat**2).sum() + 50 * (steep**2).sum() + pull)
+        opt.step()
+        rates = [group["lr"] * opt.metrics["scale"] for group in opt.param_groups]
+        assert ratio_of_bowls(rates) < 0.85
+        if step == 140:
+            assert opt.metrics["scale"] == 1.0
+        schedule.step()
+    assert opt.metrics["scale"] == pytest.approx(min(1.0, 0.8 / ratio_of_bowls([1.0, 0.001 * factor])), rel=0.2)
+
+
+def test_a_group_that_is_given_a_rate_later_is_warmed_up_as_one_that_is_thawed() -> None:
+    def run(thaw: bool) -> tuple[list[float], list[float]]:
+        model = mlp()
+        model[0].requires_grad_(not thaw)
+        groups = [{"params": model[2].parameters(), "lr": 0.1}, {"params": model[0].parameters(), "lr": 1.0}]
+        opt = AdaptiveWarmup(torch.optim.SGD(groups), model)
+        schedule = schedulers.LambdaLR(opt, [lambda _: 1.0, lambda step: float(thaw or step >= 60)])
+        for step in range(70):
+            if step == 60:
+                model[0].requires_grad_(True)
+            train(opt, model, [step])
+            schedule.step()
+        return opt.history["scale"][:62], opt.history["scheduled_lr"]
+
+    (scales, _), (thawed, _) = run(False), run(True)
+    assert scales[60] < 0.1 * scales[59]
+    assert scales == pytest.approx(thawed, rel=1e-3)

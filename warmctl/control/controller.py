@@ -193,7 +193,7 @@ class Controller:
         """Decide the coming step.
 
         Args:
-            rate: the scheduled learning rate, above 0; only its ratios between steps matter.
+            rate: the common one of all groups, above 0; only its ratios between steps matter.
             reading: if a probe was made for this step.
             end_slope: e of this step's gradient; nan if unknown.
             surprise: gradient norm of this step over its running average if that is an event, else 1.
@@ -221,12 +221,6 @@ class Controller:
         if not math.isnan(change):
             self.change.take(change, rate)
             self.state.measured_scale = self.state.scale
-
-    def refer(self, factor: float) -> None:
-        """`update` will be given rates `factor` times what they were, and none was changed: a group was frozen."""
-        self.state.forecast /= factor
-        self.change.per_rate /= factor
-        self.ending.highest *= factor
 
     @property
     def _measured(self) -> bool:

@@ -26,7 +26,7 @@ from warmctl.loss.replay import Replay
 from warmctl.loss.scaler import POWERS, SCALED, scaled_back
 from warmctl.loss.source import CLOSE, EXACT, NEVER, Replays, StepLoss, Verdict
 from warmctl.state import FLAG, check
-from warmctl.vectors import Vector, add_, dense_gradient, wide
+from warmctl.vectors import Vector, add_, as_copied, dense_gradient, wide
 
 NOT_CAPTURED = (
     "the model's own loss is not what is trained on: its gradient is not the gradient of the step. Give opt.step() a "
@@ -241,10 +241,8 @@ class ModelCapture:
 
     def _trained(self, gradient: Tensor, loss: Tensor, call: Call, state: RandomState) -> None:
         if self.enabled and not measuring(self.model.parameters()):
-            if self.weights:
-                params = list(self.model.parameters())
-                if not distributed.is_sharded(params) and all(p.grad is None for p in params):
-                    self.weights, self.losses = [], []  # that step was skipped; shards have no gradient before the last
+            if self.weights and not distributed.is_sharded(self._watch.params) and self._watch.cleared:
+                self.weights, self.losses = [], []  # that step was skipped; shards have no gradient before the last
             self._call, self.random_state = call, state
             self.weights.append(gradient.detach())
             self.losses.append(loss)
@@ -294,13 +292,14 @@ class CapturedSource:
         device = params[0].device
         copy, self.watch.copy = self.watch.copy, None
         present = None if self.capture.scaled else copy  # that would be scaled
-        if present is None and distributed.everywhere(self.watch.untouched, device):
-            present = [dense_gradient(p) for p in params]
+        if distributed.everywhere(self.watch.untouched, device):
+            present = [dense_gradient(p) for p in params] if present is None else as_copied(params, present)
         replay = replays.of(closure, params, self.capture.random_state, own=True)
         single = distributed.everywhere(len(self.capture.weights) == 1, device)
         held = {id(p) for p in params}  # another optimizer may have moved the others since the backward pass
         alone = all(id(p) in held for p in self.capture.model.parameters() if p.requires_grad)
         if present is not None and single and alone and self.verdict.repeats == EXACT:
+            self.watch.copy = copy if present is copy else None  # should it be compared again
             return StepLoss(replay, present, value=self.capture.losses[-1])
         gradient = replay.gradient()[1]
         inner = distributed.inner_product(params)

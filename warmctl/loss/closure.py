@@ -19,7 +19,7 @@ from warmctl.loss.marks import GradientWatch, Marks
 from warmctl.loss.random_state import RandomState
 from warmctl.loss.replay import Closure, NotReplayable
 from warmctl.loss.source import EXACT, NEVER, Replays, StepLoss, Verdict
-from warmctl.vectors import Vector, copied_gradients, dense_gradient
+from warmctl.vectors import Vector, as_copied, copied_gradients, dense_gradient
 from warmctl.warning import first_line
 
 NOT_REPLAYABLE = (
@@ -146,9 +146,9 @@ class ClosureRun:
         copy, self._copy = self._copy, None
         if self._left is None or self._passes_before or self._mixed:
             return None
-        if copy is not None:
+        if not self._left.hold():
             return copy
-        return [dense_gradient(p) for p in self.params] if self._left.hold() else None
+        return [dense_gradient(p) for p in self.params] if copy is None else as_copied(self.params, copy)
 
     @property
     def weight(self) -> float:

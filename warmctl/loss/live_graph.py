@@ -22,8 +22,8 @@ class LiveGraph:
         self.wanted, self.passes, self.passes_before = True, 0, 1
         self.loss: Tensor | None = None
 
-    def begin_pass(self, loss: Tensor, has_gradient: bool) -> None:
-        if self.passes and not has_gradient:
+    def begin_pass(self, loss: Tensor, cleared: bool) -> None:
+        if self.passes and cleared:
             self.passes, self.loss = 0, None  # the step of those passes was skipped
         value = loss.detach() / loss_scale(loss)
         self.passes, self.loss = self.passes + 1, value if self.loss is None else self.loss + value.to(self.loss)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warmctl import distributed
 from warmctl.loss.no_trace import measuring
-from warmctl.vectors import Vector, copied_gradients, local
+from warmctl.vectors import Vector, copied_gradients, local, strided
 from warmctl.warning import warn
 
 UNSTEPPED = 128
@@ -83,6 +83,16 @@ class GradientWatch:
     def holding(self) -> bool:
         """Whether `.grad` holds an earlier backward pass of this step, neither cleared nor changed since."""
         return self.marks is not None and self.marks.hold()
+
+    @property
+    def cleared(self) -> bool:
+        """Whether `.grad` holds nothing: it is None, or zeros that were written since the last backward pass.
+
+        Waits for the device where somebody has written to gradients since.
+        """
+        grads = [p.grad for p in self.params if p.grad is not None]
+        written = self.marks is not None and not self.marks.hold()
+        return not grads or (written and not any(bool(strided(local(grad)).any()) for grad in grads))
 
     @property
     def untouched(self) -> bool:

@@ -104,6 +104,15 @@ class Sources:
         return self.captured.forward(params, replays)
 
     @property
+    def trusting(self) -> bool:
+        """Whether the step's gradient is taken for that of the loss since an earlier step has shown them the same.
+
+        A term may have joined the loss that a model returns.
+        """
+        sure = self.closure.ready or self.observed.ready
+        return self.captured.ready and not sure and self.verdict.repeats == EXACT
+
+    @property
     def live(self) -> bool:
         """Whether the closure is measured on its graph, as it cannot be evaluated again."""
         return self.verdict.repeats == NEVER or self.verdict.failures > 0

@@ -31,6 +31,8 @@ NO_RULE = (
     "or warmctl.register_update_rule"
 )
 
+JUMP = 3.0
+"""Factor between the sharpness of two readings from which on the loss is compared with the step's once more."""
 SILENT_STEPS, SILENT_SCALE = 50, 0.1
 """Steps in a row at which a probe was due and could not be made, after which that is said below this scale."""
 SILENT = (
@@ -123,7 +125,7 @@ class Meter:
         Args:
             due: why to probe now, or "".
             params: the trainable parameters, with the gradient of the step.
-            rate, scale: the largest scheduled rate; and the scale of the last step.
+            rate, scale: the common rate of all groups; and the scale of the last step.
             each_step: a probe is wanted at every step, though the last one is not known yet.
 
         Raises: RuntimeError at the first probe if there is no loss to measure on.
@@ -200,6 +202,9 @@ class Meter:
         ready = distributed.everywhere(self.sources.ready, params[0].device)
         if ready and not (given_up and graph.passes):
             found = self.prober.probe(params, self._probe_seed())
+            jumped = not distributed.everywhere(not self._jumped(found), params[0].device)
+            if jumped and self.sources.trusting:
+                found = self.prober.recheck(found, params, self._probe_seed())
             graph.wanted = graph.wanted or verdict.failures > 0
             return found
         if graph.passes == 0 and verdict.repeats == NEVER:
@@ -208,10 +213,6 @@ class Meter:
             self.sources.missing(self.counts.steps, self.counts.probes)
         graph.wanted = graph.wanted or graph.passes > 0
         return None
-
-    def refer(self, factor: float) -> None:
-        """See `Controller.refer`."""
-        self._rate *= factor
 
     def _last_update(self, rate: float) -> Measurement | None:
         """The reading along the last update, as it would be at this rate."""
@@ -257,6 +258,12 @@ class Meter:
         if cause and scale < SILENT_SCALE and "silent" not in self._said:
             self._said.add("silent")
             warn(SILENT.format(steps=SILENT_STEPS, scale=scale, cause=cause))
+
+    def _jumped(self, found: Measurement) -> bool:
+        """Whether it is so far from the last reading that what was measured on may be another loss."""
+        before = math.nan if self.last is None else self.last.sharpness
+        known = math.isfinite(before) and math.isfinite(found.sharpness) and before != 0.0
+        return known and not 1.0 / JUMP <= found.sharpness / before <= JUMP
 
     def _probe_seed(self) -> int:
         return self.seed + int(self.counts.probes)

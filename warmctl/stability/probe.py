@@ -21,7 +21,7 @@ from warmctl.loss.no_trace import no_trace
 from warmctl.loss.ranks import Ranks
 from warmctl.loss.replay import Replay
 from warmctl.loss.scaler import loss_scale
-from warmctl.loss.source import Replays
+from warmctl.loss.source import EXACT, UNTRIED, Replays
 from warmctl.loss.sources import Sources
 from warmctl.stability.estimator import SharpnessEstimator
 from warmctl.stability.measurement import Measurement, failed
@@ -141,6 +141,20 @@ class Prober:
         if found.reason and distributed.world_size() > 1:  # one rank may have come further than another
             self.estimator.method, self.estimator.vector = method, None
         return found
+
+    def recheck(self, found: Measurement, params: list[Tensor], seed: int) -> Measurement:
+        """`found`, if the gradient of the step still is that of the loss that was measured; else what is found now.
+
+        Cost: 1, and another probe where it is not.
+        """
+        verdict = self.sources.verdict
+        verdict.repeats = UNTRIED
+        failure = self._guarded(lambda: self.sources.step_loss(params, self._replays), params)
+        spent = found.cost + self._replays.spent
+        if verdict.repeats == EXACT:
+            return replace(found, cost=spent)
+        again = failure if isinstance(failure, Measurement) else self.probe(params, seed)
+        return replace(again, cost=spent + again.cost, hvps=found.hvps + again.hvps)
 
     def on_graph(self, loss: Tensor, params: list[Tensor], seed: int) -> Measurement:
         """Measure on the graph of `loss`, before its backward pass frees it, by double backward.

@@ -1,0 +1,66 @@
+"""The scheduled rates of all parameter groups as one number, which the controller decides by."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from warmctl.rates import learning_rate, trains
+from warmctl.state import POSITIVE, check
+
+ROUNDING = 1e-9
+"""Relative difference of two rates that is none."""
+
+
+class CommonRate:
+    """One number for the rates of all groups, which forecasts are over: what is measured is at most proportional to it.
+
+    r and RRC grow no more than the rate of that group does which has grown most. The common rate is the largest of the
+    first rates, times the largest growth since of a group that trains: the largest rate where one schedule drives all,
+    more where they move apart, and no less where the fastest group is frozen.
+
+    Args: optimizer: read only.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._first: list[float] = []
+
+    def restart(self) -> None:
+        """Forget the first rates."""
+        self._first = []
+
+    def joined(self) -> bool:
+        """Whether a group trains at a rate above 0 for the first time, later than others. Notes the first rates."""
+        before, rates = self._known, self._rates
+        self._first = [first or rate for first, rate in zip(before, rates, strict=True)]
+        return any(before) and self._first != before
+
+    @property
+    def value(self) -> float:
+        """At the scheduled rates; 0 where nothing moves. Waits for the device if one of them is a tensor there."""
+        rates, known = self._rates, self._known
+        largest = max(rates, default=0.0)
+        growth = max([rate / first for rate, first in zip(rates, known, strict=True) if first], default=0.0)
+        if growth <= 0.0:
+            return largest
+        apart = growth * max(known) / largest
+        return largest if abs(apart - 1.0) < ROUNDING else largest * apart
+
+    @property
+    def _rates(self) -> list[float]:
+        return [learning_rate(group) if trains(group) else 0.0 for group in self.optimizer.param_groups]
+
+    @property
+    def _known(self) -> list[float]:
+        """The first rate of each group, 0 if there was none."""
+        groups = len(self.optimizer.param_groups)
+        return [*self._first, *[0.0] * groups][:groups]
+
+    def state_values(self) -> list[float]:
+        return self._known
+
+    def check_state_values(self, values: list[float]) -> None:
+        check(values, {f"first rate of group {place}": POSITIVE for place in range(len(values))})
+
+    def load_state_values(self, values: list[float]) -> None:
+        self._first = values
