@@ -83,6 +83,25 @@ def test_a_step_after_one_that_a_scaler_skipped_is_no_part_of_it(to_none: bool) 
     assert all(map(math.isfinite, opt.history["loss"]))
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_micro_batches_count_by_what_their_losses_are_multiplied_by(as_tensor: bool) -> None:
+    """As those of unequal size do; here all are of one example, which makes every loss the same."""
+
+    def run(sizes: tuple[int, ...]) -> list[float]:
+        model = mlp()
+        opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+        x, y = (t[:1] for t in batch_of(0))
+        for _ in range(3):
+            opt.zero_grad()
+            for size in sizes:
+                loss = loss_fn(model, (x.expand(size, -1), y.expand(size, -1)))
+                opt.backward(loss * (torch.tensor(size / sum(sizes)) if as_tensor else size / sum(sizes)))
+            opt.step()
+        return opt.history["sharpness"][1:]
+
+    assert run((16, 16, 2)) == pytest.approx(run((34,)), rel=0.02)
+
+
 def test_micro_batches_are_probed_once_and_not_at_rate_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     opt = AdaptiveWarmup(SGD(model.parameters(), 0.0), model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from warmctl import distributed
-from warmctl.loss.scaler import loss_scale
+from warmctl.loss.scaler import loss_scale, weight_of
 from warmctl.state import FLAG, LARGEST_COUNT, Allowed, check
 
 
@@ -14,19 +14,27 @@ class LiveGraph:
 
     Attributes:
         wanted: a probe was asked for.
-        passes, passes_before: backward passes of this step and of the last.
+        weights: of the backward passes of this step, up to a common factor.
+        passes_before: how many there were in the last step.
         loss: the sum of these passes' so far, detached, without the factor of a gradient scaler.
     """
 
     def __init__(self) -> None:
-        self.wanted, self.passes, self.passes_before = True, 0, 1
+        self.wanted, self.passes_before = True, 1
+        self.weights: list[float] = []
         self.loss: Tensor | None = None
 
     def begin_pass(self, loss: Tensor, cleared: bool) -> None:
         if self.passes and cleared:
-            self.passes, self.loss = 0, None  # the step of those passes was skipped
+            self.weights, self.loss = [], None  # the step of those passes was skipped
         value = loss.detach() / loss_scale(loss)
-        self.passes, self.loss = self.passes + 1, value if self.loss is None else self.loss + value.to(self.loss)
+        self.weights.append(weight_of(loss))
+        self.loss = value if self.loss is None else self.loss + value.to(self.loss)
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of this step."""
+        return len(self.weights)
 
     @property
     def last_pass(self) -> bool:
@@ -39,7 +47,7 @@ class LiveGraph:
     def next_step(self, measured: bool) -> None:
         if measured:
             self.wanted = False
-        self.passes_before, self.passes, self.loss = max(self.passes, 1), 0, None
+        self.passes_before, self.weights, self.loss = max(self.passes, 1), [], None
 
     def state_values(self) -> list[float]:
         return [float(self.wanted), float(self.passes_before)]

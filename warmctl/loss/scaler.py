@@ -40,6 +40,19 @@ def loss_scale(loss: Tensor) -> Tensor:
     return found
 
 
+def weight_of(loss: Tensor) -> float:
+    """What `loss` was multiplied by last: of the passes of one step, what each counts. No device waits for it."""
+    node: Any = loss.grad_fn
+    weight = 1.0
+    while type(node).__name__ in ("MulBackward0", "DivBackward0"):
+        factor = node._saved_other
+        if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad or factor.device.type != "cpu":
+            break
+        weight *= float(factor) if type(node).__name__ == "MulBackward0" else 1.0 / (float(factor) or math.inf)
+        node = node.next_functions[0][0]
+    return weight if 0.0 < weight < math.inf else 1.0
+
+
 def trained_on(losses: Sequence[Tensor], weights: Sequence[Tensor], scaled: bool) -> Tensor | None:
     """The loss of a step from those of its backward passes; the loss itself of one, None of none. No device waits.
 

@@ -131,7 +131,7 @@ class Meter:
         Raises: RuntimeError at the first probe if there is no loss to measure on.
         """
         if self._on_graph is not None:
-            return self._booked(self._on_graph.times(self.sources.graph.passes), params)
+            return self._booked(self._on_graph.times(sum(self.sources.graph.weights)), params)
         if self._on_graph_of_shards(params):
             found = self._measured_by_next(rate, params)
             if due and (found is None or each_step):
@@ -157,7 +157,7 @@ class Meter:
         now = due != "" and distributed.world_size() == 1 and not self.sources.ready
         alone = self.rule is not None and not self.sources.expected and not sharded
         if alone and graph.last_pass and (graph.wanted or now):
-            self._on_graph = self.prober.on_graph(loss, params, self._probe_seed())
+            self._on_graph = self.prober.on_graph(loss, params, self._probe_seed()).times(1.0 / graph.weights[-1])
 
     def after_update(self, scale: float, params: list[Tensor]) -> None:
         """The update was made, at `scale`: for a rule that is not known the next reading is along it."""
