@@ -118,6 +118,48 @@ def test_a_capped_run_is_told_the_rate_that_it_had(run_of: Any) -> None:
     assert said == pytest.approx(rows[-1]["lr"], rel=0.5) and said < rows[-1]["scheduled_lr"] / 10
 
 
+def cosine(peak: int, end: int, steps: int = 120, reason: str = "") -> list[Row]:
+    """A controlled run on a cosine schedule: the applied rate peaks at one step, its scale is 1 from another on."""
+    rows = []
+    for step in range(1, steps + 1):
+        scheduled = 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
+        at_peak = 0.4 * 0.5 * (1 + math.cos(math.pi * peak / (steps + 1)))
+        rate = min(scheduled, at_peak * (step / peak if step <= peak else (steps + 1 - step) / (steps + 1 - peak)))
+        rows.append(
+            {"step": step, "loss": 0.1 + 2 * math.exp(-step / 20), "lr": rate, "scheduled_lr": scheduled}
+            | {"scale": 1.0 if step >= end else rate / scheduled, "phase": "guard" if step >= end else "warmup"}
+            | {"reason": reason}
+        )
+    return rows
+
+
+@pytest.mark.parametrize("end", [80, 115])
+def test_warmup_of_a_controlled_run_ends_where_the_applied_rate_peaks(end: int) -> None:
+    """The scale goes on rising while the schedule falls: the phase tells nothing of that."""
+    rows = cosine(30, end)
+    found, plain = diagnose(rows), diagnose([{k: row[k] for k in ("step", "loss", "lr")} for row in rows])
+    assert found.verdict == plain.verdict == "well warmed" and "it took 30 of 120 steps" in str(found)
+
+
+def test_what_is_said_of_a_controlled_run_that_took_long() -> None:
+    for reason in ("the rate is rising", RATIO):
+        found = diagnose(cosine(60, 115, reason=reason))
+        assert found.verdict == "over-warmed" and found.evidence[0].says.startswith("lr: warmup took 60 of 120 steps;")
+        assert "max_warmup" not in found.advice and ("larger `target`" in found.advice) == (reason == RATIO)
+
+
+@pytest.mark.parametrize("end", [90, 120])
+def test_a_rate_is_called_rising_only_where_it_still_was(end: int) -> None:
+    rows = [{"step": s, "loss": 0.1 + 2 * math.exp(-s / 20), "lr": min(1.0, s / end)} for s in range(1, 121)]
+    says = diagnose(rows).evidence[0].says
+    assert f"took {end} of 120 steps" in says and ("still rising" in says) == (end == 120)
+
+
+def test_a_log_that_counts_from_zero_counts_all_its_steps() -> None:
+    rows = [{"step": s, "loss": 0.1 + 2 * math.exp(-s / 20), "lr": min(1.0, (s + 1) / 20)} for s in range(300)]
+    assert "it took 20 of 300 steps" in str(diagnose(rows))
+
+
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("held", [RATIO, REPRESENTATION, SLOPE])
 def test_a_larger_target_is_advised_where_the_ratio_held_the_rate(run_of: Any, held: str, ended: bool) -> None:

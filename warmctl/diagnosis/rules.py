@@ -42,7 +42,7 @@ RULES: dict[str, Rule] = {
         "scale, or lr and scheduled_lr",
         CAPPED,
     ),
-    "long": Rule("warmup takes more than {:.0%} of the record", 0.35, "phase or lr", OVER),
+    "long": Rule("warmup takes more than {:.0%} of the record", 0.35, "lr", OVER),
     "spike": Rule("later, the loss rises to {:g} times its level and comes back", 1.6, "loss", ""),
     "overflow": Rule(
         "float16 overflows: more than {:.0%} of the steps after the first 20 are skipped",

@@ -23,7 +23,7 @@ class Run:
     @classmethod
     def of(cls, log: Log) -> Run:
         curve = Curve.of(log)
-        return cls(log, curve, warmup_of(log, curve))
+        return cls(log, curve, warmup_of(log))
 
     @property
     def first(self) -> float:

@@ -66,18 +66,17 @@ def over_warmed(run: Run) -> Evidence | None:
     rising = " and the rate was still rising" if warmup.share == 1.0 else ""
     index = min(int(np.searchsorted(run.curve.steps, warmup.end)), len(run.curve.steps) - 1)
     says = (
-        f"{'phase' if warmup.controlled else run.log['lr'].column}: warmup took {warmup.length} of {run.last:g} steps"
-        f"{rising}; the loss went from {run.row(0)} to {run.about(index)} in it, without a rise"
+        f"{warmup.column}: warmup took {warmup.length} of {warmup.total:g} steps{rising}; "
+        f"the loss went from {run.row(0)} to {run.about(index)} in it, without a rise"
     )
     return run.rows(says, 0, index)
 
 
 def advice_for_over(run: Run) -> str:
     if run.warmup.controlled:
-        return (
-            "Nothing is broken: the rate rose as fast as its gauges allowed. `max_warmup` would hold it at the scale "
-            "of that step; a larger `target` lets it rise faster where `reason` is the stability ratio."
-        )
+        reasons = [reason for step, reason in run.log.words("reason").items() if step <= run.warmup.length]
+        faster = " A larger `target` lets it rise faster." if any(STABILITY in reason for reason in reasons) else ""
+        return f"Nothing is broken: the rate rose as fast as its gauges allowed.{faster}"
     return f"`warmup_steps={max(1, round(run.warmup.length / 3))}`: nothing in the record asks for more."
 
 
@@ -85,7 +84,7 @@ def well_warmed(run: Run) -> Evidence:
     """What there is to say where no sign of another verdict is there."""
     warmup = run.warmup
     took = {None: "the record has no rate", 0: "there was none"}.get(
-        warmup.end if warmup.end is None else warmup.length, f"it took {warmup.length} of {run.last:g} steps"
+        warmup.end if warmup.end is None else warmup.length, f"it took {warmup.length} of {warmup.total:g} steps"
     )
     return run.rows(f"loss: {run.row(0)} to {run.curve.end_loss:.3g}, without a rise in warmup ({took})", 0, -1)
 
