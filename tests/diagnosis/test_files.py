@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.diagnosis.trained import Row, net, train
-from warmctl.diagnosis import diagnose, diagnose_command
+from warmctl.diagnosis import columns, diagnose, diagnose_command, rules
 from warmctl.diagnosis.files import log_of
-from warmctl.diagnosis.rules import RULES, table
 from warmctl.record.history import History
 
 pytestmark = pytest.mark.xdist_group("files")  # its fixture is made once
@@ -157,5 +156,25 @@ def test_columns_of_layers_are_found_by_name() -> None:
     assert list(log.layers("sigma")) == ["block.0/ln"] and list(log.layers("saturated")) == ["x"]
 
 
-def test_the_page_prints_the_table_of_the_rules() -> None:
-    assert table() in (ROOT / "docs/after.md").read_text() and len(table().splitlines()) == len(RULES) + 2
+@pytest.mark.parametrize("name", ["iters", "n_iter", "train_step", "steps", "Global Steps", "iterations", "iter"])
+def test_steps_are_known_by_the_names_that_people_give_them(name: str) -> None:
+    rows = train(net(0), 0.1, warmup=140)[9::10]
+    found = diagnose([{name: row["step"], "loss": row["loss"], "lr": row["lr"]} for row in rows])
+    assert "took 140 of 200 steps" in str(found) and "`warmup_steps=47`" in found.advice
+
+
+@pytest.mark.parametrize("name", ["epoch", "tokens", None])
+@pytest.mark.parametrize(
+    ("lr", "warmup", "advice"), [(0.1, 140, "A warmup of 23% of the run"), (2.0, 20, "30% of the")]
+)
+def test_rows_are_not_taken_for_steps(name: str | None, lr: float, warmup: int, advice: str) -> None:
+    rows = [{"loss": row["loss"], "lr": row["lr"]} for row in train(net(0), lr, warmup)[9::10]]
+    found = diagnose([{name: index, **row} if name else row for index, row in enumerate(rows)])
+    assert advice in found.advice and "warmup_steps" not in found.advice
+    assert not re.search(r"step \d|\d steps", str(found)) and "rows are counted, from 0 on" in found.evidence[-1].says
+
+
+def test_the_page_prints_the_tables_of_the_rules_and_of_the_names() -> None:
+    page = (ROOT / "docs/after.md").read_text()
+    assert rules.table() in page and len(rules.table().splitlines()) == len(rules.RULES) + 2
+    assert columns.table() in page

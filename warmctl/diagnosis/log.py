@@ -53,6 +53,13 @@ class Log:
     def __init__(self, name: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """`rows` are (where, row) pairs: `where` is named in errors."""
         self.name = name
+        self.columns: list[str] = []
+        self.unit = "step"
+        """What is counted: "row" where no column is known to hold steps."""
+        self.restarts = 0
+        """How often the steps began again from the start; the rows before are left out."""
+        self.notes: list[str] = []
+        """How the rows were read, where a reader has to know."""
         self._numbers: dict[str, dict[float, float]] = {}
         self._words: dict[str, dict[float, str]] = {kind: {} for kind in TEXT}
         self._take(list(rows))
@@ -78,13 +85,14 @@ class Log:
         found = of_layers(kind, self._numbers)
         return {layer: _series(column, self._numbers[column]) for layer, column in found.items()}
 
-    @property
-    def columns(self) -> list[str]:
-        return list(self._numbers)
-
     def _take(self, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
         keys = {str(key): None for _, row in rows for key in row}
-        counted = next(iter(named("step", keys)), None)
+        known = (key for key in named("step", keys) if any(_is_given(row.get(key)) for _, row in rows))
+        counted = next(known, None)
+        self.columns = [key for key in keys if key != counted]
+        if counted is None:
+            self.unit = "row"
+            self.notes.append("no column of steps is known: rows are counted, from 0 on")
         text = {column: kind for kind in TEXT for column in named(kind, keys)[:1]}
         unread: set[str] = set()  # columns with words in them
         last = -math.inf
@@ -96,7 +104,7 @@ class Log:
             for key, value in row.items():
                 if key in text and (word := _word(text[key], value)):
                     self._words[text[key]][step] = word
-                elif key != counted and key not in unread and value is not None and value != "":
+                elif key != counted and key not in unread and _is_given(value):
                     self._put(str(key), step, value, where, unread)
 
     def _put(self, column: str, step: float, value: Any, where: str, unread: set[str]) -> None:
@@ -116,6 +124,10 @@ class Log:
         for cells in columns:
             for later in [s for s in cells if s >= step]:
                 del cells[later]
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and not value.strip())
 
 
 def _word(kind: str, value: Any) -> str:
@@ -144,7 +156,7 @@ def number_of(value: Any) -> float:
 
 
 def _step(value: Any, where: str, last: float) -> float:
-    if value is None or value == "":
+    if not _is_given(value):
         return max(last, 0.0)  # a row beside the one before it
     try:
         step = number_of(value)

@@ -37,6 +37,7 @@ def diagnose(history: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> D
         verdict, sign, advice = _verdict(run)
         beside = findings(run)
         evidence = [sign, *_before(run, verdict, sign), *(item for finding in beside for item in finding.evidence)]
+        evidence += [Evidence(note, "step", (), ()) for note in run.log.notes]
     return Diagnosis(verdict, tuple(evidence), " ".join([advice, *(finding.advice for finding in beside)]))
 
 
@@ -67,6 +68,6 @@ def _before(run: Run, verdict: str, sign: Evidence) -> list[Evidence]:
     if len(rate):
         value, at = rate.at(start), run.warmup
         where = "in" if at.end is not None and start < at.end else "after" if at.length else "without"
-        says = f"{rate.column}: {value:.3g} when it began (step {start:g}, {where} warmup); the peak is {at.peak:.3g}"
+        says = f"{rate.column}: {value:.3g} when it began ({run.at(start)}, {where} warmup); the peak is {at.peak:.3g}"
         found.insert(0, Evidence(says, rate.column, (int(start),), (value,)))
     return found

@@ -41,7 +41,7 @@ def capped(run: Run) -> Evidence | None:
         return None
     why = [f" ({reason})" for reason in _ended(run)]
     says = f"{scale.column}: {middle(end):.3g} of the scheduled rate at the end, and no more than "
-    says += f"{end.values.max():.3g} from step {end.steps[0]:g} on{why[-1] if why else ''}"
+    says += f"{end.values.max():.3g} from {run.at(end.steps[0])} on{why[-1] if why else ''}"
     return Evidence(says, scale.column, (int(end.steps[0]), int(end.steps[-1])), (middle(end), float(end.values.max())))
 
 
@@ -66,7 +66,7 @@ def over_warmed(run: Run) -> Evidence | None:
     rising = " and the rate was still rising" if warmup.share == 1.0 else ""
     index = min(int(np.searchsorted(run.curve.steps, warmup.end)), len(run.curve.steps) - 1)
     says = (
-        f"{warmup.column}: warmup took {warmup.length} of {warmup.total:g} steps{rising}; "
+        f"{warmup.column}: warmup {run.took}{rising}; "
         f"the loss went from {run.row(0)} to {run.about(index)} in it, without a rise"
     )
     return run.rows(says, 0, index)
@@ -77,14 +77,18 @@ def advice_for_over(run: Run) -> str:
         reasons = [reason for step, reason in run.log.words("reason").items() if step <= run.warmup.length]
         faster = " A larger `target` lets it rise faster." if any(STABILITY in reason for reason in reasons) else ""
         return f"Nothing is broken: the rate rose as fast as its gauges allowed.{faster}"
-    return f"`warmup_steps={max(1, round(run.warmup.length / 3))}`: nothing in the record asks for more."
+    third = run.warmup.length / 3
+    shorter = f"`warmup_steps={max(1, round(third))}`"
+    if run.log.unit == "row":  # of how many steps is not known
+        shorter = f"A warmup of {third / run.warmup.total:.0%} of the run"
+    return f"{shorter}: nothing in the record asks for more."
 
 
 def well_warmed(run: Run) -> Evidence:
     """What there is to say where no sign of another verdict is there."""
     warmup = run.warmup
     took = {None: "the record has no rate", 0: "there was none"}.get(
-        warmup.end if warmup.end is None else warmup.length, f"it took {warmup.length} of {warmup.total:g} steps"
+        warmup.end if warmup.end is None else warmup.length, f"it {run.took}"
     )
     return run.rows(f"loss: {run.row(0)} to {run.curve.end_loss:.3g}, without a rise in warmup ({took})", 0, -1)
 
@@ -128,4 +132,4 @@ def _back(run: Run, top: int, level: float) -> str:
     back = run.curve.back_at(top, level)
     if back is None:
         return "and not below that again"
-    return f"and below that again at step {back:g}"
+    return f"and below that again at {run.at(back)}"
