@@ -106,7 +106,22 @@ def test_a_loss_that_stays_not_finite_is_lost() -> None:
 
 def test_a_run_begun_again_in_the_same_file_replaces_the_first(rows: list[Row]) -> None:
     well = train(net(0), 0.1, warmup=20)
-    assert diagnose([*rows, *well]) == diagnose(well)
+    found, expected = diagnose([*rows, *well]), diagnose(well)
+    assert (found.verdict, found.advice, found.evidence[:-1]) == (expected.verdict, expected.advice, expected.evidence)
+    assert found.evidence[-1].says == "step: it begins again; the 200 rows before that are left out"
+
+
+def test_no_warmup_is_judged_where_steps_begin_again_in_mid_run(rows: list[Row]) -> None:
+    """A run that was resumed, with a counter that was not."""
+    well = train(net(0), 0.1, warmup=20)
+    found = diagnose([*well[:100], *({**row, "step": row["step"] - 100} for row in well[100:])])
+    assert found.verdict == "not judged" and "begins again at step 1," in found.evidence[0].says
+    assert "the 100 rows before that are left out" in str(found) and "one run alone" in found.advice
+
+
+def test_steps_that_are_counted_within_epochs_are_named() -> None:
+    with pytest.raises(ValueError, match=r"finds 5 rows.*step: it begins again 39 times; the 195 rows before"):
+        diagnose([{"step": index % 5, "loss": 1.0} for index in range(200)])
 
 
 def test_a_line_torn_by_a_kill_is_passed_over(rows: list[Row], tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ RUNS: dict[str, tuple[Callable[[int], list[Row]], str]] = {
     "right": (lambda seed: train(net(seed), 0.1, warmup=20), "well warmed"),
     "none needed": (lambda seed: train(net(seed), 0.05), "well warmed"),
     "too short": (lambda seed: train(net(seed, nn.Tanh), 1.5), "under-warmed"),
+    "in mid-run": (lambda seed: train(net(seed), 0.1, warmup=20)[50:], "not judged"),
     "too long": (lambda seed: train(net(seed), 0.1, warmup=140), "over-warmed"),
     "dead": (lambda seed: train(net(seed), 2.0), "lost"),
     "diverged": (lambda seed: train(net(seed, nn.Identity), 3.0), "lost"),
@@ -285,7 +286,28 @@ def test_a_run_without_warmup_that_does_well_needs_none() -> None:
 def test_a_record_that_begins_after_warmup_has_none() -> None:
     on_guard = {"lr": 2.9e-3, "scale": 0.97, "phase": "guard"}
     rows = [{"step": step, "loss": 0.5 + math.exp(-step / 600), **on_guard} for step in range(1001, 2001)]
-    assert diagnose(rows).verdict == "well warmed"
+    found = diagnose(rows)
+    assert found.verdict == "not judged" and "the log begins at step 1001" in str(found)
+
+
+def test_a_log_that_begins_in_mid_run_is_not_judged(run_of: Any) -> None:
+    """Its flat loss is not dead, its rise not one of warmup; what needs no start is told all the same."""
+    for name, since in (("right", 150), ("too long", 80)):
+        found = diagnose(run_of(name, 0)[since:])
+        assert found.verdict == "not judged" and f"begins at step {since + 1}," in found.evidence[0].says
+        assert "Keep" not in found.advice and "warmup_steps" not in found.advice
+    rows = run_of("right", 0)[100:]
+    rows[50]["loss"] *= 20
+    spiked = diagnose(rows)
+    assert spiked.verdict == "not judged" and "a spike from" in str(spiked)
+    diverged = [*run_of("right", 0)[100:], *({"step": 201 + i, "loss": math.nan, "lr": 0.1} for i in range(5))]
+    found = diagnose(diverged)
+    assert found.verdict == "lost" and "warmup" not in str(found)
+
+
+@pytest.mark.parametrize("every", [1, 10, 25])
+def test_a_log_of_every_so_many_steps_begins_at_the_start(every: int, run_of: Any) -> None:
+    assert diagnose(run_of("right", 0)[every - 1 :: every]).verdict == "well warmed"
 
 
 def test_of_two_wrapped_optimizers_the_first_is_read_whole() -> None:

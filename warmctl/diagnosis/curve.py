@@ -11,7 +11,7 @@ from scipy.ndimage import median_filter
 
 from warmctl.diagnosis.columns import NAMES
 from warmctl.diagnosis.log import Floats, Log, Series
-from warmctl.diagnosis.rules import SHORTEST
+from warmctl.diagnosis.rules import SHORTEST, limit
 
 CALLED = f". A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours"
 FLOOR = 0.02
@@ -40,7 +40,10 @@ class Curve:
         series = logged.finite
         if len(logged) < SHORTEST:
             has = f"{len(logged)} rows with a loss" if len(logged) else f"columns {', '.join(log.columns)}{CALLED}"
-            raise ValueError(f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}")
+            notes = "".join(f" ({note})" for note in log.notes)
+            raise ValueError(
+                f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}{notes}"
+            )
         if not len(series):
             raise ValueError(f"{log.name}: none of its losses is finite")
         last = series.steps[-1]
@@ -103,6 +106,8 @@ class Warmup:
     """What it is read from."""
     controlled: bool
     """Whether AdaptiveWarmup set the rate."""
+    seen: bool
+    """Whether the record has the start of the run; of one that begins in its middle `end` is None."""
 
     @property
     def length(self) -> int:
@@ -129,7 +134,15 @@ def warmup_of(log: Log) -> Warmup:
     end = _peak_at(rate)
     if end and steps[0] == 0.0:
         end += 1.0
-    return Warmup(None if end is None else min(end, total), total, peak, rate.column, controlled)
+    seen = not _is_late(log) and (not log.restarts or bool(end))
+    end = min(end, total) if seen and end is not None else None
+    return Warmup(end, total, peak, rate.column, controlled, seen)
+
+
+def _is_late(log: Log) -> bool:
+    """Whether the first loss is from later than logging once in so many steps explains."""
+    steps = log["loss"].steps
+    return log.unit == "step" and steps[0] > max(limit("late"), 1.0 + 2.0 * float(np.median(np.diff(steps))))
 
 
 def _peak_at(rate: Series) -> float | None:

@@ -95,17 +95,22 @@ class Log:
             self.notes.append("no column of steps is known: rows are counted, from 0 on")
         text = {column: kind for kind in TEXT for column in named(kind, keys)[:1]}
         unread: set[str] = set()  # columns with words in them
-        last = -math.inf
+        last, left_out = -math.inf, 0
         for number, (where, row) in enumerate(rows):
             step = float(number) if counted is None else _step(row.get(counted), where, last)
             if step < last:
                 self._rewind(step)
+                if not len(self["loss"]):
+                    self.restarts, left_out = self.restarts + 1, number
             last = step
             for key, value in row.items():
                 if key in text and (word := _word(text[key], value)):
                     self._words[text[key]][step] = word
                 elif key != counted and key not in unread and _is_given(value):
                     self._put(str(key), step, value, where, unread)
+        if self.restarts:
+            often = "" if self.restarts == 1 else f" {self.restarts} times"
+            self.notes.append(f"{counted}: it begins again{often}; the {left_out} rows before that are left out")
 
     def _put(self, column: str, step: float, value: Any, where: str, unread: set[str]) -> None:
         try:

@@ -18,7 +18,9 @@ SLOW = 0.05
 
 
 def lost(run: Run) -> Evidence | None:
-    """The first of the four signs that is there."""
+    """The first of the four signs that is there; two of them need the start of the run."""
+    if not run.warmup.seen:
+        return _not_finite(run) or _fallen_back(run)
     return _not_finite(run) or _dead(run) or _fallen_back(run) or _silent(run)
 
 
@@ -53,6 +55,8 @@ def lower(run: Run) -> str:
     )
     if warmup.controlled:
         return f"{rate}, or give AdaptiveWarmup a smaller `target`."
+    if not warmup.seen:
+        return f"{rate}."
     if warmup.end is None:
         return f"{rate}, and try a longer warmup beside it."
     if run.warmup.share > limit("long") and run.curve.lost_from is None:

@@ -15,14 +15,15 @@ class Rule(NamedTuple):
     """"" where it is told beside any verdict."""
 
 
-LOST, UNDER, CAPPED, OVER, WELL = (
+LOST, UNDER, CAPPED, UNSEEN, OVER, WELL = (
     "lost",
     "under-warmed",
     "capped below the schedule",
+    "not judged",
     "over-warmed",
     "well warmed",
 )
-VERDICTS = (LOST, UNDER, CAPPED, OVER, WELL)
+VERDICTS = (LOST, UNDER, CAPPED, UNSEEN, OVER, WELL)
 """The first one whose sign is there is given."""
 
 RULES: dict[str, Rule] = {
@@ -41,6 +42,12 @@ RULES: dict[str, Rule] = {
         0.8,
         "scale, or lr and scheduled_lr",
         CAPPED,
+    ),
+    "late": Rule(
+        "the log begins after step {:g} and two intervals of its rows, or its steps begin again and no rate rises then",
+        10,
+        "step, lr",
+        UNSEEN,
     ),
     "long": Rule("warmup takes more than {:.0%} of the record", 0.35, "lr", OVER),
     "spike": Rule("later, the loss rises to {:g} times its level and comes back", 1.6, "loss", ""),

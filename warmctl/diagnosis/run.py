@@ -35,7 +35,9 @@ class Run:
 
     @property
     def early_until(self) -> float:
-        """The last step of warmup and the time soon after it."""
+        """The last step of warmup and the time soon after it; of a record that begins later its first step."""
+        if not self.warmup.seen:
+            return self.first
         return max(2.0 * self.warmup.length, self.first + EARLY * (self.last - self.first))
 
     def at(self, step: float) -> str:

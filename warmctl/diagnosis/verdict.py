@@ -13,7 +13,7 @@ from warmctl.diagnosis.diagnosis import Diagnosis, Evidence
 from warmctl.diagnosis.files import log_of
 from warmctl.diagnosis.findings import findings
 from warmctl.diagnosis.movers import mover
-from warmctl.diagnosis.rules import CAPPED, LOST, OVER, UNDER, WELL
+from warmctl.diagnosis.rules import CAPPED, LOST, OVER, UNDER, UNSEEN, WELL
 from warmctl.diagnosis.run import Run
 
 
@@ -53,6 +53,8 @@ def _verdict(run: Run) -> tuple[str, Evidence, str]:
         return UNDER, sign, lost.lower(run)
     if sign := warmed.capped(run):
         return CAPPED, sign, warmed.advice_for_capped(run)
+    if sign := warmed.unseen(run):
+        return UNSEEN, sign, warmed.advice_for_unseen(run)
     if sign := warmed.over_warmed(run):
         return OVER, sign, warmed.advice_for_over(run)
     return WELL, warmed.well_warmed(run), warmed.advice_for_well(run)
@@ -68,6 +70,7 @@ def _before(run: Run, verdict: str, sign: Evidence) -> list[Evidence]:
     if len(rate):
         value, at = rate.at(start), run.warmup
         where = "in" if at.end is not None and start < at.end else "after" if at.length else "without"
-        says = f"{rate.column}: {value:.3g} when it began ({run.at(start)}, {where} warmup); the peak is {at.peak:.3g}"
+        when = f"{run.at(start)}, {where} warmup" if at.seen else run.at(start)
+        says = f"{rate.column}: {value:.3g} when it began ({when}); the peak is {at.peak:.3g}"
         found.insert(0, Evidence(says, rate.column, (int(start),), (value,)))
     return found

@@ -19,6 +19,8 @@ STABILITY = "the stability ratio"
 
 def under_warmed(run: Run) -> Evidence | None:
     """A loss that rises above the start's, or gives back most of what is learnt, in warmup or soon after."""
+    if not run.warmup.seen:
+        return None
     curve = run.curve
     early = int(np.searchsorted(curve.steps, run.early_until, side="right"))
     top = int(np.argmax(curve.smooth[:early]))
@@ -56,6 +58,20 @@ def advice_for_capped(run: Run) -> str:
         f"Nothing is broken: the landscape carries no more at this `target`. {same}; "
         "a larger `target` lets the rate nearer to the edge."
     )
+
+
+def unseen(run: Run) -> Evidence | None:
+    """A record without the start of the run, where warmup was."""
+    if run.warmup.seen:
+        return None
+    begins = "begins again at" if run.log.restarts else "begins at"
+    return run.rows(f"loss: the log {begins} {run.at(run.first)}, at {run.curve.loss[0]:.3g}: no warmup is in it", 0)
+
+
+def advice_for_unseen(run: Run) -> str:
+    if run.log.restarts:
+        return "To have a warmup judged, give a log of one run alone, from its first step on."
+    return "To have a warmup judged, give a log from the first step on."
 
 
 def over_warmed(run: Run) -> Evidence | None:
