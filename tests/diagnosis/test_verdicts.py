@@ -94,6 +94,20 @@ def test_evidence_names_steps_and_values_of_the_run(run_of: Any) -> None:
     assert sign.values[1] == max(row["loss"] for row in rows.values() if row["step"] <= 50)
 
 
+@pytest.mark.parametrize("name", ["right", "none needed"])
+def test_a_warmup_that_is_well_says_nothing_of_the_best_rate(name: str, run_of: Any) -> None:
+    assert "does not say that this `lr` is the best" in diagnose(run_of(name, 0)).advice
+
+
+def test_a_warmup_is_not_to_be_kept_as_it_is_where_much_went_wrong_later(run_of: Any) -> None:
+    rows = run_of("right", 0)
+    for row in rows[100::20]:
+        row["loss"] *= 20
+    found = diagnose(rows)
+    assert found.verdict == "well warmed" and "There are 5 of them" in found.advice
+    assert "Keep" not in found.advice and "See to what is beside it: A spike so late" in found.advice
+
+
 @pytest.mark.parametrize("name", ["too short", "dead", "diverged"])
 def test_the_advice_of_a_lower_rate_is_right(name: str, run_of: Any) -> None:
     rows = run_of(name, 0)
@@ -276,7 +290,7 @@ def test_the_columns_of_warmctls_own_loggers_are_known() -> None:
 def test_a_run_without_warmup_that_does_well_needs_none() -> None:
     rows = [{"loss_step": 0.1 + 2.0 * math.exp(-step / 20), "lr": 0.1} for step in range(100)]
     found = diagnose([{"step": step, **row} for step, row in enumerate(rows)])
-    assert found.verdict == "well warmed" and "needs no warmup" in found.advice
+    assert found.verdict == "well warmed" and "Nothing here asks for a warmup" in found.advice
     with pytest.raises(ValueError, match=r"A column of losses is called one of loss, .*: rename yours"):
         diagnose([{"step": step, "error": 0.1} for step in range(20)])
     with pytest.raises(ValueError, match=r"finds 5 rows with a loss$"):

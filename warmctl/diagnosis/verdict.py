@@ -34,8 +34,8 @@ def diagnose(history: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> D
     """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # logs hold any number
         run = Run.of(log_of(history))
-        verdict, sign, advice = _verdict(run)
         beside = findings(run)
+        verdict, sign, advice = _verdict(run, bool(beside))
         evidence = [sign, *_before(run, verdict, sign), *(item for finding in beside for item in finding.evidence)]
         evidence += [Evidence(note, "step", (), ()) for note in run.log.notes]
     return Diagnosis(verdict, tuple(evidence), " ".join([advice, *(finding.advice for finding in beside)]))
@@ -46,7 +46,7 @@ def diagnose_command(path: str | os.PathLike[str]) -> str:
     return f"{os.fspath(path)}: {diagnose(path)}"
 
 
-def _verdict(run: Run) -> tuple[str, Evidence, str]:
+def _verdict(run: Run, troubled: bool) -> tuple[str, Evidence, str]:
     if sign := lost.lost(run):
         return LOST, sign, lost.advice(run)
     if sign := warmed.under_warmed(run):
@@ -57,7 +57,7 @@ def _verdict(run: Run) -> tuple[str, Evidence, str]:
         return UNSEEN, sign, warmed.advice_for_unseen(run)
     if sign := warmed.over_warmed(run):
         return OVER, sign, warmed.advice_for_over(run)
-    return WELL, warmed.well_warmed(run), warmed.advice_for_well(run)
+    return WELL, warmed.well_warmed(run), warmed.advice_for_well(run, troubled)
 
 
 def _before(run: Run, verdict: str, sign: Evidence) -> list[Evidence]:

@@ -13,6 +13,7 @@ from warmctl.diagnosis.lost import is_slow
 from warmctl.diagnosis.rules import limit
 from warmctl.diagnosis.run import Run, middle, tail
 
+ONLY = "which does not say that this `lr` is the best"
 STABILITY = "the stability ratio"
 """In the reason of an end, where that gauge held the rate."""
 
@@ -109,13 +110,16 @@ def well_warmed(run: Run) -> Evidence:
     return run.rows(f"loss: {run.row(0)} to {run.curve.end_loss:.3g}, without a rise in warmup ({took})", 0, -1)
 
 
-def advice_for_well(run: Run) -> str:
+def advice_for_well(run: Run, troubled: bool) -> str:
+    """`troubled`: whether something is told beside the verdict."""
     if run.curve.end > math.log(1 - limit("dead")) and is_slow(run):
         return "Warmup did no harm, but the loss falls slowly and without a rise: try three times the `lr`."
+    if troubled:
+        return f"No trouble came of the warmup, {ONLY}. See to what is beside it:"
     if run.warmup.controlled:
-        return "Keep it. `history.schedule(path)` replays this warmup in other seeds for nothing."
+        return f"Keep this warmup, {ONLY}; `history.schedule(path)` replays it in other seeds for nothing."
     needless = run.warmup.end is not None and not run.warmup.length
-    return "Keep it: at this rate the run needs no warmup." if needless else "Keep this warmup."
+    return f"Nothing here asks for a warmup, {ONLY}." if needless else f"Keep this warmup, {ONLY}."
 
 
 def _ended(run: Run) -> list[str]:
