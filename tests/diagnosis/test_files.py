@@ -138,7 +138,11 @@ def test_a_line_torn_by_a_kill_is_passed_over(rows: list[Row], tmp_path: Path) -
         ("a.csv", "step,loss\n1,2.0\n2,high\n", "line 3: 'loss' is not a number: 'high'"),
         ("a.csv", "step,loss\n1,2.0\nx,1.0\n", "line 3: a step is a number, not 'x'"),
         ("a.csv", "step,loss\n1,2.0\n", "8 rows or more with a loss, and finds 1 rows"),
-        ("a.csv", "step,accuracy\n1,2.0\n", "columns accuracy"),
+        ("a.csv", "step,accuracy\n1,2.0\n", "columns step, accuracy. A column of losses is called"),
+        ("a.csv", "", "finds no rows"),
+        ("a.log", "step 1 loss 2.0\nstep 2 loss 1.0\n", "columns step 1 loss 2.0. A column"),
+        ("a.csv", "Step,a - train/loss,b - train/loss\n1,2.0,2.0\n", "a - train/loss, b - train/loss. A column of"),
+        ("events.out.tfevents.1", "", "event files are not read: save its scalars as CSV"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "loss"\n{"step": 3}\n', "line 2: not JSON"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n7\n', "line 2: a row is an object"),
         ("a.json", '{\n"rows": []\n}', "a list of rows"),
@@ -169,6 +173,78 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 def test_columns_of_layers_are_found_by_name() -> None:
     log = log_of([{"step": 1, "vitals/block.0/ln/sigma": 1.0, "vitals/x/saturated": 0.5}])
     assert list(log.layers("sigma")) == ["block.0/ln"] and list(log.layers("saturated")) == ["x"]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_cells_are_parted_by_other_marks_too(delimiter: str, rows: list[Row], tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "a.csv", rows)
+    path.write_text(path.read_text().replace(",", delimiter))
+    assert diagnose(path) == diagnose(rows)
+    path.write_text(path.read_text().replace(".", ","))  # as a German Excel writes
+    assert diagnose(path) == diagnose(rows)
+
+
+def test_a_header_in_the_middle_is_no_row(rows: list[Row], tmp_path: Path) -> None:
+    lines = as_csv(tmp_path / "a.csv", rows).read_text().splitlines()
+    (tmp_path / "a.csv").write_text("\n".join([*lines[:90], lines[0], *lines[90:]]))
+    assert diagnose(tmp_path / "a.csv") == diagnose(rows)
+
+
+def test_what_tensorboard_exports_is_a_loss(rows: list[Row], tmp_path: Path) -> None:
+    export = [{"Wall time": 1e9 + row["step"], "Step": row["step"], "Value": row["loss"]} for row in rows]
+    found = diagnose(as_csv(tmp_path / "a.csv", export))
+    assert found.verdict == "lost" and found.evidence[0].column == "Value"
+    assert found.evidence[-1].says.startswith("Value: taken for the training loss")
+
+
+def test_what_weights_and_biases_exports_is_read_of_one_run(rows: list[Row], tmp_path: Path) -> None:
+    def export(*runs: str) -> Path:
+        named = [
+            {"Step": row["step"]}
+            | {
+                f"{run} - train/{kind}{end}": row[kind]
+                for run in runs
+                for kind in ("loss", "lr")
+                for end in ("", "__MIN")
+            }
+            for row in rows
+        ]
+        return as_csv(tmp_path / "a.csv", named)
+
+    renamed = [{"Step": row["step"], "train/loss": row["loss"], "train/lr": row["lr"]} for row in rows]
+    assert diagnose(export("cosmic-sun - 3")) == diagnose(renamed)
+    names = {"loss": "a-1 - train/loss", "lr": "a-1 - train/lr"}
+    assert diagnose(export("a-1", "b-2"), **names).advice == diagnose(renamed).advice
+
+
+@pytest.mark.parametrize("words", [("train", "val"), ("Training", "test"), ("", "eval")])
+def test_rows_of_validation_are_left_out(words: tuple[str, str], rows: list[Row]) -> None:
+    mixed = []
+    for row in rows:
+        mixed.append({**row, "split": words[0]})
+        if row["step"] % 10 == 0:
+            mixed.append({**row, "loss": row["loss"] + 9.0, "split": words[1]})
+    found, expected = diagnose(mixed), diagnose(rows)
+    assert found.evidence[-1].says == f"split: the training rows are read, 20 rows of {words[1]} are left out"
+    assert (found.advice, found.evidence[:-1]) == (expected.advice, expected.evidence)
+
+
+def test_columns_of_any_name_are_read_by_it(rows: list[Row], tmp_path: Path) -> None:
+    others = {"loss": "nll", "lr": "eta", "step": "tokens"}
+    renamed = as_csv(tmp_path / "a.csv", [{**{others[k]: row[k] for k in others}, "loss": 0.0} for row in rows])
+    expected = diagnose([{k: row[k] for k in others} for row in rows])
+    assert diagnose(renamed, **others).advice == expected.advice
+    with pytest.raises(ValueError, match="no column 'mse', that was given for loss, is among tokens, loss"):
+        diagnose([{"tokens": 1, "loss": 2.0}], loss="mse")
+
+
+def test_of_a_folder_the_logs_in_it_are_named(tmp_path: Path) -> None:
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"")
+    with pytest.raises(ValueError, match="TensorBoard's event files are not read"):
+        diagnose(tmp_path)
+    (tmp_path / "metrics.csv").write_text("")
+    with pytest.raises(ValueError, match=r"a folder: name a log in it, metrics.csv$"):
+        diagnose(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["iters", "n_iter", "train_step", "steps", "Global Steps", "iterations", "iter"])

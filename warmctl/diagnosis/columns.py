@@ -32,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "loss_scale": ("loss_scale", "train/loss_scale", "grad_scale", "amp_scale"),
     "overflow": ("overflow", "overflows", "found_inf", "skipped"),
     "clipped": ("clipped", "clip", "clip_event", "vitals/clipped"),
+    "split": ("split", "mode", "stage", "subset", "phase"),
     "clip_norm": ("clip_norm", "max_grad_norm", "gradient_clip_val"),
 }
 """By what it is: the names that a column may have, the first with values is taken; `*` stands for anything."""
@@ -46,6 +47,11 @@ LAYERS: dict[str, str] = {
 """One column a layer: σ of a norm's input; shares of saturated and of dead units; ‖Δw‖/‖w‖; gradient norm."""
 
 TEXT = ("phase", "reason")
+TRAINING = ("train", "training")
+HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test")
+"""Words of a column that says which data a row is of."""
+TENSORBOARD = ("wall_time", "step", "value")
+"""The columns of its export to CSV, which has one metric."""
 PHASES = ("warmup", "guard", "done")
 """By their numbers, as loggers have them."""
 

@@ -13,7 +13,9 @@ from warmctl.diagnosis.columns import NAMES
 from warmctl.diagnosis.log import Floats, Log, Series
 from warmctl.diagnosis.rules import SHORTEST, limit
 
-CALLED = f". A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours"
+CALLED = (
+    f". A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours, or name it: `loss=` (`--loss`)"
+)
 FLOOR = 0.02
 """Losses below this part of the first one are not told apart."""
 
@@ -39,11 +41,11 @@ class Curve:
         logged = log["loss"]
         series = logged.finite
         if len(logged) < SHORTEST:
-            has = f"{len(logged)} rows with a loss" if len(logged) else f"columns {', '.join(log.columns)}{CALLED}"
-            notes = "".join(f" ({note})" for note in log.notes)
-            raise ValueError(
-                f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}{notes}"
-            )
+            notes = "".join(f" ({column}: {note})" for column, note in log.notes.items())
+            columns = ", ".join(log.columns)
+            without = f"columns {columns}{CALLED}" if columns else "no rows"
+            has = f"{len(logged)} rows with a loss{notes}" if len(logged) else without
+            raise ValueError(f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}")
         if not len(series):
             raise ValueError(f"{log.name}: none of its losses is finite")
         last = series.steps[-1]

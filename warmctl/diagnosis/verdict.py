@@ -17,7 +17,13 @@ from warmctl.diagnosis.rules import CAPPED, LOST, OVER, UNDER, UNSEEN, WELL
 from warmctl.diagnosis.run import Run
 
 
-def diagnose(history: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> Diagnosis:
+def diagnose(
+    history: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    *,
+    loss: str | None = None,
+    lr: str | None = None,
+    step: str | None = None,
+) -> Diagnosis:
     """What became of warmup in a run, and what to change next time. Costs nothing: it only reads.
 
     >>> found = diagnose("metrics.csv")
@@ -28,22 +34,25 @@ def diagnose(history: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> D
         history: a `History`; a list of rows, such as the Trainer's `state.log_history`; or the path of a CSV or JSONL
             file with a column of losses and, if there are, of steps, rates, gradient norms and more: the names that
             Hugging Face, Lightning and others give them are known. The run need not have used AdaptiveWarmup.
+        loss, lr, step: the name of that column, if it is another.
 
     Raises: OSError for a file that cannot be read, ValueError, naming file and line, for what is no row or has too few
-    losses, TypeError for another source.
+    losses or no column of a given name, TypeError for another source.
     """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # logs hold any number
-        run = Run.of(log_of(history))
+        run = Run.of(log_of(history, {"loss": loss, "lr": lr, "step": step}))
         beside = findings(run)
         verdict, sign, advice = _verdict(run, bool(beside))
         evidence = [sign, *_before(run, verdict, sign), *(item for finding in beside for item in finding.evidence)]
-        evidence += [Evidence(note, "step", (), ()) for note in run.log.notes]
+        evidence += [Evidence(f"{column}: {note}", column, (), ()) for column, note in run.log.notes.items()]
     return Diagnosis(verdict, tuple(evidence), " ".join([advice, *(finding.advice for finding in beside)]))
 
 
-def diagnose_command(path: str | os.PathLike[str]) -> str:
+def diagnose_command(
+    path: str | os.PathLike[str], loss: str | None = None, lr: str | None = None, step: str | None = None
+) -> str:
     """What `warmctl diagnose PATH` prints. Raises as `diagnose`."""
-    return f"{os.fspath(path)}: {diagnose(path)}"
+    return f"{os.fspath(path)}: {diagnose(path, loss=loss, lr=lr, step=step)}"
 
 
 def _verdict(run: Run, troubled: bool) -> tuple[str, Evidence, str]:

@@ -66,7 +66,9 @@ def unseen(run: Run) -> Evidence | None:
     if run.warmup.seen:
         return None
     begins = "begins again at" if run.log.restarts else "begins at"
-    return run.rows(f"loss: the log {begins} {run.at(run.first)}, at {run.curve.loss[0]:.3g}: no warmup is in it", 0)
+    return run.rows(
+        f"loss: the log {begins} {run.at(run.first)}, at {run.curve.loss[0]:.3g}: how it began is not in it", 0
+    )
 
 
 def advice_for_unseen(run: Run) -> str:
