@@ -119,6 +119,10 @@ def test_no_warmup_is_judged_where_steps_begin_again_in_mid_run(rows: list[Row])
     assert "the 100 rows before that are left out" in str(found) and "one run alone" in found.advice
 
 
+def test_rows_without_a_loss_that_stand_before_their_step_are_no_run(rows: list[Row]) -> None:
+    assert diagnose([{"step": 200, "parameters": 9.0}, *rows]) == diagnose(rows)
+
+
 def test_steps_that_are_counted_within_epochs_are_named() -> None:
     with pytest.raises(ValueError, match=r"finds 5 rows.*step: it begins again 39 times; the 195 rows before"):
         diagnose([{"step": index % 5, "loss": 1.0} for index in range(200)])

@@ -157,10 +157,11 @@ def test_warmup_of_a_controlled_run_ends_where_the_applied_rate_peaks(end: int) 
 
 
 def test_what_is_said_of_a_controlled_run_that_took_long() -> None:
-    for reason in ("the rate is rising", RATIO):
-        found = diagnose(cosine(60, 115, reason=reason))
+    for reason, end in (("the rate is rising", 115), (RATIO, 115), (RATIO, 999)):
+        found = diagnose(cosine(60, end, reason=reason))
         assert found.verdict == "over-warmed" and found.evidence[0].says.startswith("lr: warmup took 60 of 120 steps;")
-        assert "max_warmup" not in found.advice and ("larger `target`" in found.advice) == (reason == RATIO)
+        assert "still rising" not in str(found) and "max_warmup" not in found.advice
+        assert ("larger `target`" in found.advice) == (reason == RATIO)
 
 
 @pytest.mark.parametrize("end", [90, 120])

@@ -140,8 +140,9 @@ class Log:
         for number, (where, row) in enumerate(rows):
             step = float(number) if counted is None else _step(row.get(counted), where, last)
             if step < last:
+                begun = len(self["loss"]) > 0
                 self._rewind(step)
-                if not len(self["loss"]):
+                if begun and not len(self["loss"]):
                     self.restarts, left_out = self.restarts + 1, number
             last = step
             for key, value in row.items():
