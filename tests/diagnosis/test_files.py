@@ -221,8 +221,8 @@ def test_what_weights_and_biases_exports_is_read_of_one_run(rows: list[Row], tmp
     assert diagnose(export("a-1", "b-2"), **names).advice == diagnose(renamed).advice
 
 
-@pytest.mark.parametrize("words", [("train", "val"), ("Training", "test"), ("", "eval")])
-def test_rows_of_validation_are_left_out(words: tuple[str, str], rows: list[Row]) -> None:
+@pytest.mark.parametrize("words", [("train", "val"), ("Training", "test"), (None, "eval")])
+def test_rows_of_validation_are_left_out(words: tuple[str | None, str], rows: list[Row]) -> None:
     mixed = []
     for row in rows:
         mixed.append({**row, "split": words[0]})

@@ -116,7 +116,7 @@ class Log:
     def _of_training(self, rows: list[Placed]) -> list[Placed]:
         """Without the rows that a column says are of validation."""
         for column in named("split", self.columns):
-            words = [str(row.get(column, "")).strip().lower() for _, row in rows]
+            words = [str(row.get(column) or "").strip().lower() for _, row in rows]
             held_out = set(words) & set(HELD_OUT)
             if held_out and set(words) - held_out and set(words) <= {"", *TRAINING, *HELD_OUT}:
                 kept = [row for row, word in zip(rows, words, strict=True) if word not in held_out]
