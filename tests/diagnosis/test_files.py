@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.diagnosis.trained import Row, net, train
-from warmctl.diagnosis import diagnose, diagnose_command
+from warmctl.diagnosis import columns, diagnose, diagnose_command, rules
 from warmctl.diagnosis.files import log_of
-from warmctl.diagnosis.rules import RULES, table
 from warmctl.record.history import History
 
 pytestmark = pytest.mark.xdist_group("files")  # its fixture is made once
@@ -107,7 +106,26 @@ def test_a_loss_that_stays_not_finite_is_lost() -> None:
 
 def test_a_run_begun_again_in_the_same_file_replaces_the_first(rows: list[Row]) -> None:
     well = train(net(0), 0.1, warmup=20)
-    assert diagnose([*rows, *well]) == diagnose(well)
+    found, expected = diagnose([*rows, *well]), diagnose(well)
+    assert (found.verdict, found.advice, found.evidence[:-1]) == (expected.verdict, expected.advice, expected.evidence)
+    assert found.evidence[-1].says == "step: it begins again; the 200 rows before that are left out"
+
+
+def test_no_warmup_is_judged_where_steps_begin_again_in_mid_run(rows: list[Row]) -> None:
+    """A run that was resumed, with a counter that was not."""
+    well = train(net(0), 0.1, warmup=20)
+    found = diagnose([*well[:100], *({**row, "step": row["step"] - 100} for row in well[100:])])
+    assert found.verdict == "not judged" and "begins again at step 1," in found.evidence[0].says
+    assert "the 100 rows before that are left out" in str(found) and "one run alone" in found.advice
+
+
+def test_rows_without_a_loss_that_stand_before_their_step_are_no_run(rows: list[Row]) -> None:
+    assert diagnose([{"step": 200, "parameters": 9.0}, *rows]) == diagnose(rows)
+
+
+def test_steps_that_are_counted_within_epochs_are_named() -> None:
+    with pytest.raises(ValueError, match=r"finds 5 rows.*step: it begins again 39 times; the 195 rows before"):
+        diagnose([{"step": index % 5, "loss": 1.0} for index in range(200)])
 
 
 def test_a_line_torn_by_a_kill_is_passed_over(rows: list[Row], tmp_path: Path) -> None:
@@ -124,7 +142,11 @@ def test_a_line_torn_by_a_kill_is_passed_over(rows: list[Row], tmp_path: Path) -
         ("a.csv", "step,loss\n1,2.0\n2,high\n", "line 3: 'loss' is not a number: 'high'"),
         ("a.csv", "step,loss\n1,2.0\nx,1.0\n", "line 3: a step is a number, not 'x'"),
         ("a.csv", "step,loss\n1,2.0\n", "8 rows or more with a loss, and finds 1 rows"),
-        ("a.csv", "step,accuracy\n1,2.0\n", "columns accuracy"),
+        ("a.csv", "step,accuracy\n1,2.0\n", "columns step, accuracy. A column of losses is called"),
+        ("a.csv", "", "finds no rows"),
+        ("a.log", "step 1 loss 2.0\nstep 2 loss 1.0\n", "columns step 1 loss 2.0. A column"),
+        ("a.csv", "Step,a - train/loss,b - train/loss\n1,2.0,2.0\n", "a - train/loss, b - train/loss. A column of"),
+        ("events.out.tfevents.1", "", "event files are not read: save its scalars as CSV"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "loss"\n{"step": 3}\n', "line 2: not JSON"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n7\n', "line 2: a row is an object"),
         ("a.json", '{\n"rows": []\n}', "a list of rows"),
@@ -157,5 +179,97 @@ def test_columns_of_layers_are_found_by_name() -> None:
     assert list(log.layers("sigma")) == ["block.0/ln"] and list(log.layers("saturated")) == ["x"]
 
 
-def test_the_page_prints_the_table_of_the_rules() -> None:
-    assert table() in (ROOT / "docs/after.md").read_text() and len(table().splitlines()) == len(RULES) + 2
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_cells_are_parted_by_other_marks_too(delimiter: str, rows: list[Row], tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "a.csv", rows)
+    path.write_text(path.read_text().replace(",", delimiter))
+    assert diagnose(path) == diagnose(rows)
+    path.write_text(path.read_text().replace(".", ","))  # as a German Excel writes
+    assert diagnose(path) == diagnose(rows)
+
+
+def test_a_header_in_the_middle_is_no_row(rows: list[Row], tmp_path: Path) -> None:
+    lines = as_csv(tmp_path / "a.csv", rows).read_text().splitlines()
+    (tmp_path / "a.csv").write_text("\n".join([*lines[:90], lines[0], *lines[90:]]))
+    assert diagnose(tmp_path / "a.csv") == diagnose(rows)
+
+
+def test_what_tensorboard_exports_is_a_loss(rows: list[Row], tmp_path: Path) -> None:
+    export = [{"Wall time": 1e9 + row["step"], "Step": row["step"], "Value": row["loss"]} for row in rows]
+    found = diagnose(as_csv(tmp_path / "a.csv", export))
+    assert found.verdict == "lost" and found.evidence[0].column == "Value"
+    assert found.evidence[-1].says.startswith("Value: taken for the training loss")
+
+
+def test_what_weights_and_biases_exports_is_read_of_one_run(rows: list[Row], tmp_path: Path) -> None:
+    def export(*runs: str) -> Path:
+        named = [
+            {"Step": row["step"]}
+            | {
+                f"{run} - train/{kind}{end}": row[kind]
+                for run in runs
+                for kind in ("loss", "lr")
+                for end in ("", "__MIN")
+            }
+            for row in rows
+        ]
+        return as_csv(tmp_path / "a.csv", named)
+
+    renamed = [{"Step": row["step"], "train/loss": row["loss"], "train/lr": row["lr"]} for row in rows]
+    assert diagnose(export("cosmic-sun - 3")) == diagnose(renamed)
+    names = {"loss": "a-1 - train/loss", "lr": "a-1 - train/lr"}
+    assert diagnose(export("a-1", "b-2"), **names).advice == diagnose(renamed).advice
+
+
+@pytest.mark.parametrize("words", [("train", "val"), ("Training", "test"), (None, "eval")])
+def test_rows_of_validation_are_left_out(words: tuple[str | None, str], rows: list[Row]) -> None:
+    mixed = []
+    for row in rows:
+        mixed.append({**row, "split": words[0]})
+        if row["step"] % 10 == 0:
+            mixed.append({**row, "loss": row["loss"] + 9.0, "split": words[1]})
+    found, expected = diagnose(mixed), diagnose(rows)
+    assert found.evidence[-1].says == f"split: the training rows are read, 20 rows of {words[1]} are left out"
+    assert (found.advice, found.evidence[:-1]) == (expected.advice, expected.evidence)
+
+
+def test_columns_of_any_name_are_read_by_it(rows: list[Row], tmp_path: Path) -> None:
+    others = {"loss": "nll", "lr": "eta", "step": "tokens"}
+    renamed = as_csv(tmp_path / "a.csv", [{**{others[k]: row[k] for k in others}, "loss": 0.0} for row in rows])
+    expected = diagnose([{k: row[k] for k in others} for row in rows])
+    assert diagnose(renamed, **others).advice == expected.advice
+    with pytest.raises(ValueError, match="no column 'mse', that was given for loss, is among tokens, loss"):
+        diagnose([{"tokens": 1, "loss": 2.0}], loss="mse")
+
+
+def test_of_a_folder_the_logs_in_it_are_named(tmp_path: Path) -> None:
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"")
+    with pytest.raises(ValueError, match="TensorBoard's event files are not read"):
+        diagnose(tmp_path)
+    (tmp_path / "metrics.csv").write_text("")
+    with pytest.raises(ValueError, match=r"a folder: name a log in it, metrics.csv$"):
+        diagnose(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["iters", "n_iter", "train_step", "steps", "Global Steps", "iterations", "iter"])
+def test_steps_are_known_by_the_names_that_people_give_them(name: str) -> None:
+    rows = train(net(0), 0.1, warmup=140)[9::10]
+    found = diagnose([{name: row["step"], "loss": row["loss"], "lr": row["lr"]} for row in rows])
+    assert "took 140 of 200 steps" in str(found) and "`warmup_steps=47`" in found.advice
+
+
+@pytest.mark.parametrize("name", ["epoch", "tokens", None])
+@pytest.mark.parametrize(
+    ("lr", "warmup", "advice"), [(0.1, 140, "A warmup of 23% of the run"), (2.0, 20, "30% of the")]
+)
+def test_rows_are_not_taken_for_steps(name: str | None, lr: float, warmup: int, advice: str) -> None:
+    rows = [{"loss": row["loss"], "lr": row["lr"]} for row in train(net(0), lr, warmup)[9::10]]
+    found = diagnose([{name: index, **row} if name else row for index, row in enumerate(rows)])
+    assert advice in found.advice and "warmup_steps" not in found.advice
+    assert not re.search(r"step \d|\d steps", str(found)) and "rows are counted, from 0 on" in found.evidence[-1].says
+
+
+def test_the_page_prints_the_tables_of_the_rules_and_of_the_names() -> None:
+    page = (ROOT / "docs/after.md").read_text()
+    assert rules.table() in page and len(rules.table().splitlines()) == len(rules.RULES) + 2
+    assert columns.table() in page

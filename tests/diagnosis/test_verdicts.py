@@ -53,6 +53,7 @@ RUNS: dict[str, tuple[Callable[[int], list[Row]], str]] = {
     "right": (lambda seed: train(net(seed), 0.1, warmup=20), "well warmed"),
     "none needed": (lambda seed: train(net(seed), 0.05), "well warmed"),
     "too short": (lambda seed: train(net(seed, nn.Tanh), 1.5), "under-warmed"),
+    "in mid-run": (lambda seed: train(net(seed), 0.1, warmup=20)[50:], "not judged"),
     "too long": (lambda seed: train(net(seed), 0.1, warmup=140), "over-warmed"),
     "dead": (lambda seed: train(net(seed), 2.0), "lost"),
     "diverged": (lambda seed: train(net(seed, nn.Identity), 3.0), "lost"),
@@ -93,6 +94,20 @@ def test_evidence_names_steps_and_values_of_the_run(run_of: Any) -> None:
     assert sign.values[1] == max(row["loss"] for row in rows.values() if row["step"] <= 50)
 
 
+@pytest.mark.parametrize("name", ["right", "none needed"])
+def test_a_warmup_that_is_well_says_nothing_of_the_best_rate(name: str, run_of: Any) -> None:
+    assert "does not say that this `lr` is the best" in diagnose(run_of(name, 0)).advice
+
+
+def test_a_warmup_is_not_to_be_kept_as_it_is_where_much_went_wrong_later(run_of: Any) -> None:
+    rows = run_of("right", 0)
+    for row in rows[100::20]:
+        row["loss"] *= 20
+    found = diagnose(rows)
+    assert found.verdict == "well warmed" and "There are 5 of them" in found.advice
+    assert "Keep" not in found.advice and "See to what is beside it: A spike so late" in found.advice
+
+
 @pytest.mark.parametrize("name", ["too short", "dead", "diverged"])
 def test_the_advice_of_a_lower_rate_is_right(name: str, run_of: Any) -> None:
     rows = run_of(name, 0)
@@ -116,6 +131,49 @@ def test_a_capped_run_is_told_the_rate_that_it_had(run_of: Any) -> None:
     found = diagnose(rows)
     said = float(found.advice.split("`lr=")[1].split("`")[0])
     assert said == pytest.approx(rows[-1]["lr"], rel=0.5) and said < rows[-1]["scheduled_lr"] / 10
+
+
+def cosine(peak: int, end: int, steps: int = 120, reason: str = "") -> list[Row]:
+    """A controlled run on a cosine schedule: the applied rate peaks at one step, its scale is 1 from another on."""
+    rows = []
+    for step in range(1, steps + 1):
+        scheduled = 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
+        at_peak = 0.4 * 0.5 * (1 + math.cos(math.pi * peak / (steps + 1)))
+        rate = min(scheduled, at_peak * (step / peak if step <= peak else (steps + 1 - step) / (steps + 1 - peak)))
+        rows.append(
+            {"step": step, "loss": 0.1 + 2 * math.exp(-step / 20), "lr": rate, "scheduled_lr": scheduled}
+            | {"scale": 1.0 if step >= end else rate / scheduled, "phase": "guard" if step >= end else "warmup"}
+            | {"reason": reason}
+        )
+    return rows
+
+
+@pytest.mark.parametrize("end", [80, 115])
+def test_warmup_of_a_controlled_run_ends_where_the_applied_rate_peaks(end: int) -> None:
+    """The scale goes on rising while the schedule falls: the phase tells nothing of that."""
+    rows = cosine(30, end)
+    found, plain = diagnose(rows), diagnose([{k: row[k] for k in ("step", "loss", "lr")} for row in rows])
+    assert found.verdict == plain.verdict == "well warmed" and "it took 30 of 120 steps" in str(found)
+
+
+def test_what_is_said_of_a_controlled_run_that_took_long() -> None:
+    for reason, end in (("the rate is rising", 115), (RATIO, 115), (RATIO, 999)):
+        found = diagnose(cosine(60, end, reason=reason))
+        assert found.verdict == "over-warmed" and found.evidence[0].says.startswith("lr: warmup took 60 of 120 steps;")
+        assert "still rising" not in str(found) and "max_warmup" not in found.advice
+        assert ("larger `target`" in found.advice) == (reason == RATIO)
+
+
+@pytest.mark.parametrize("end", [90, 120])
+def test_a_rate_is_called_rising_only_where_it_still_was(end: int) -> None:
+    rows = [{"step": s, "loss": 0.1 + 2 * math.exp(-s / 20), "lr": min(1.0, s / end)} for s in range(1, 121)]
+    says = diagnose(rows).evidence[0].says
+    assert f"took {end} of 120 steps" in says and ("still rising" in says) == (end == 120)
+
+
+def test_a_log_that_counts_from_zero_counts_all_its_steps() -> None:
+    rows = [{"step": s, "loss": 0.1 + 2 * math.exp(-s / 20), "lr": min(1.0, (s + 1) / 20)} for s in range(300)]
+    assert "it took 20 of 300 steps" in str(diagnose(rows))
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -233,7 +291,7 @@ def test_the_columns_of_warmctls_own_loggers_are_known() -> None:
 def test_a_run_without_warmup_that_does_well_needs_none() -> None:
     rows = [{"loss_step": 0.1 + 2.0 * math.exp(-step / 20), "lr": 0.1} for step in range(100)]
     found = diagnose([{"step": step, **row} for step, row in enumerate(rows)])
-    assert found.verdict == "well warmed" and "needs no warmup" in found.advice
+    assert found.verdict == "well warmed" and "Nothing here asks for a warmup" in found.advice
     with pytest.raises(ValueError, match=r"A column of losses is called one of loss, .*: rename yours"):
         diagnose([{"step": step, "error": 0.1} for step in range(20)])
     with pytest.raises(ValueError, match=r"finds 5 rows with a loss$"):
@@ -243,7 +301,28 @@ def test_a_run_without_warmup_that_does_well_needs_none() -> None:
 def test_a_record_that_begins_after_warmup_has_none() -> None:
     on_guard = {"lr": 2.9e-3, "scale": 0.97, "phase": "guard"}
     rows = [{"step": step, "loss": 0.5 + math.exp(-step / 600), **on_guard} for step in range(1001, 2001)]
-    assert diagnose(rows).verdict == "well warmed"
+    found = diagnose(rows)
+    assert found.verdict == "not judged" and "the log begins at step 1001" in str(found)
+
+
+def test_a_log_that_begins_in_mid_run_is_not_judged(run_of: Any) -> None:
+    """Its flat loss is not dead, its rise not one of warmup; what needs no start is told all the same."""
+    for name, since in (("right", 150), ("too long", 80)):
+        found = diagnose(run_of(name, 0)[since:])
+        assert found.verdict == "not judged" and f"begins at step {since + 1}," in found.evidence[0].says
+        assert "Keep" not in found.advice and "warmup_steps" not in found.advice
+    rows = run_of("right", 0)[100:]
+    rows[50]["loss"] *= 20
+    spiked = diagnose(rows)
+    assert spiked.verdict == "not judged" and "a spike from" in str(spiked)
+    diverged = [*run_of("right", 0)[100:], *({"step": 201 + i, "loss": math.nan, "lr": 0.1} for i in range(5))]
+    found = diagnose(diverged)
+    assert found.verdict == "lost" and "warmup" not in str(found)
+
+
+@pytest.mark.parametrize("every", [1, 10, 25])
+def test_a_log_of_every_so_many_steps_begins_at_the_start(every: int, run_of: Any) -> None:
+    assert diagnose(run_of("right", 0)[every - 1 :: every]).verdict == "well warmed"
 
 
 def test_of_two_wrapped_optimizers_the_first_is_read_whole() -> None:

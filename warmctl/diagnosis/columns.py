@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "step": ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "update", "num_updates"),
+    "step": (
+        *("step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "update", "num_updates"),
+        *("train_step", "train/step", "train/global_step", "training_step", "trainer/step", "optimizer_step"),
+        *("current_step", "steps", "global_steps", "train_steps", "iterations", "iters", "n_iter", "n_iters"),
+        *("iter_num", "train_iter", "it", "n_steps", "num_steps", "updates", "n_updates"),
+    ),
     "loss": (
         *("loss", "train_loss_step", "train/loss_step", "train/loss", "loss/train", "training_loss", "lm_loss"),
         *("loss_metrics/global_avg_loss", "train_loss", "train_loss_epoch", "train/loss_epoch"),
@@ -27,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "loss_scale": ("loss_scale", "train/loss_scale", "grad_scale", "amp_scale"),
     "overflow": ("overflow", "overflows", "found_inf", "skipped"),
     "clipped": ("clipped", "clip", "clip_event", "vitals/clipped"),
+    "split": ("split", "mode", "stage", "subset", "phase"),
     "clip_norm": ("clip_norm", "max_grad_norm", "gradient_clip_val"),
 }
 """By what it is: the names that a column may have, the first with values is taken; `*` stands for anything."""
@@ -41,6 +47,11 @@ LAYERS: dict[str, str] = {
 """One column a layer: σ of a norm's input; shares of saturated and of dead units; ‖Δw‖/‖w‖; gradient norm."""
 
 TEXT = ("phase", "reason")
+TRAINING = ("train", "training")
+HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test")
+"""Words of a column that says which data a row is of."""
+TENSORBOARD = ("wall_time", "step", "value")
+"""The columns of its export to CSV, which has one metric."""
 PHASES = ("warmup", "guard", "done")
 """By their numbers, as loggers have them."""
 
@@ -61,6 +72,12 @@ def of_layers(kind: str, columns: Iterable[str]) -> dict[str, str]:
     before, after = LAYERS[kind].split("*")
     found = (c for c in columns if c.startswith(before) and c.endswith(after) and len(c) > len(before) + len(after))
     return {column[len(before) : -len(after)]: column for column in found}
+
+
+def table() -> str:
+    """The names as a table in Markdown."""
+    lines = [f"| {kind} | {', '.join(f'`{name}`' for name in names)} |" for kind, names in NAMES.items()]
+    return "\n".join(["| | names |", "|---|---|", *lines])
 
 
 def _matching(patterns: tuple[str, ...], names: list[str]) -> list[str]:

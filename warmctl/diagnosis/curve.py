@@ -11,9 +11,11 @@ from scipy.ndimage import median_filter
 
 from warmctl.diagnosis.columns import NAMES
 from warmctl.diagnosis.log import Floats, Log, Series
-from warmctl.diagnosis.rules import SHORTEST
+from warmctl.diagnosis.rules import SHORTEST, limit
 
-CALLED = f". A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours"
+CALLED = (
+    f". A column of losses is called one of {', '.join(NAMES['loss'])}: rename yours, or name it: `loss=` (`--loss`)"
+)
 FLOOR = 0.02
 """Losses below this part of the first one are not told apart."""
 
@@ -39,7 +41,10 @@ class Curve:
         logged = log["loss"]
         series = logged.finite
         if len(logged) < SHORTEST:
-            has = f"{len(logged)} rows with a loss" if len(logged) else f"columns {', '.join(log.columns)}{CALLED}"
+            notes = "".join(f" ({column}: {note})" for column, note in log.notes.items())
+            columns = ", ".join(log.columns)
+            without = f"columns {columns}{CALLED}" if columns else "no rows"
+            has = f"{len(logged)} rows with a loss{notes}" if len(logged) else without
             raise ValueError(f"{log.name}: a diagnosis needs {SHORTEST} rows or more with a loss, and finds {has}")
         if not len(series):
             raise ValueError(f"{log.name}: none of its losses is finite")
@@ -95,45 +100,61 @@ class Warmup:
 
     end: float | None
     """The step at which the rate was at its peak; None if the record does not say."""
-    share: float
-    """Of the record."""
+    total: float
+    """Steps of the record, from the first step of the run on."""
     peak: float
     """The largest rate; NaN if none was logged."""
+    column: str
+    """What it is read from."""
     controlled: bool
     """Whether AdaptiveWarmup set the rate."""
+    seen: bool
+    """Whether the record has the start of the run; of one that begins in its middle `end` is None."""
 
     @property
     def length(self) -> int:
         return 0 if self.end is None else round(self.end)
 
+    @property
+    def share(self) -> float:
+        """Of the record."""
+        return 0.0 if self.end is None else min(1.0, self.end / max(1.0, self.total))
 
-def warmup_of(log: Log, curve: Curve) -> Warmup:
-    """From the phases of AdaptiveWarmup, or from a rate that rises to its peak."""
+
+def warmup_of(log: Log) -> Warmup:
+    """From a rate that rises to its peak: of a controlled run the applied one, at its last new high.
+
+    The phases of AdaptiveWarmup tell less: as a schedule falls, the scale rises long after the rate has peaked.
+    """
     lr, scheduled, scale = log["lr"].finite, log["scheduled_lr"].finite, log["scale"].finite
     controlled = bool(len(scale)) and bool((scale.values < 1.0).any()) and bool(log.words("phase"))
-    first, last = curve.steps[0], curve.steps[-1] if curve.lost_from is None else log["loss"].steps[-1]
-    end = _by_phase(log, last) if log.words("phase") and controlled else _by_rate(lr, first, last)
+    steps = log["loss"].steps
+    total = float(steps[-1]) + (steps[0] == 0.0)
     peaks = scheduled if len(scheduled) else lr
     peak = float(peaks.values.max()) if len(peaks) else math.nan
-    share = 0.0 if end is None else min(1.0, end / max(1.0, last))
-    return Warmup(end, share, peak, controlled)
+    rate = lr if len(lr) or not controlled else scale
+    end = _peak_at(rate)
+    if end and steps[0] == 0.0:
+        end += 1.0
+    seen = not _is_late(log) and (not log.restarts or bool(end))
+    end = min(end, total) if seen and end is not None else None
+    return Warmup(end, total, peak, rate.column, controlled, seen)
 
 
-def _by_phase(log: Log, last: float) -> float:
-    """0 where it had ended before the record begins."""
-    phases = log.words("phase")
-    ended = [step for step, phase in phases.items() if phase != "warmup"]
-    return 0.0 if next(iter(phases.values())) != "warmup" else float(min(ended, default=last))
+def _is_late(log: Log) -> bool:
+    """Whether the first loss is from later than logging once in so many steps explains."""
+    steps = log["loss"].steps
+    return log.unit == "step" and steps[0] > max(limit("late"), 1.0 + 2.0 * float(np.median(np.diff(steps))))
 
 
-def _by_rate(lr: Series, first: float, last: float) -> float | None:
-    if not len(lr) or not lr.values.max() > 0.0:
+def _peak_at(rate: Series) -> float | None:
+    """The step; 0 where the rate is near its peak from the first row on."""
+    if not len(rate) or not rate.values.max() > 0.0:
         return None
-    peak = lr.values.max()
-    if lr.values[0] >= 0.9 * peak:
+    peak = rate.values.max()
+    if rate.values[0] >= 0.9 * peak:
         return 0.0
-    at = float(lr.steps[int(np.argmax(lr.values >= 0.999 * peak))])
-    return min(at + 1.0, last) if first == 0.0 else at
+    return float(rate.steps[int(np.argmax(rate.values >= 0.999 * peak))])
 
 
 def _level(loss: Floats) -> Floats:

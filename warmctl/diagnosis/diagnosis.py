@@ -30,9 +30,10 @@ class Diagnosis:
     """
 
     verdict: str
-    """One of "lost", "under-warmed", "capped below the schedule", "over-warmed", "well warmed"."""
+    """One of "lost", "under-warmed", "capped below the schedule", "not judged", "over-warmed", "well warmed"."""
     evidence: tuple[Evidence, ...]
-    """The sign of the verdict first; then what moved before it, spikes, overflows, clipping, layers."""
+    """The sign of the verdict first; then what moved before it, spikes, overflows, clipping, layers, and how the log
+    was read."""
     advice: str
     """What to change, one sentence or more, in the names of settings."""
 

@@ -51,7 +51,7 @@ def _spikes(run: Run) -> Finding | None:
     return Finding(
         evidence,
         f"A spike so late is not for warmup to cure{rate}: clip gradients, or lower `lr`, or look at the batch of that "
-        f"step.{more}",
+        f"{run.log.unit}.{more}",
     )
 
 
@@ -68,7 +68,9 @@ def _overflows(run: Run) -> Finding | None:
     if len(late) < max(FEWEST_OVERFLOWS, limit("overflow") * rows):
         return None
     fell = f"; {scales.column} fell from {scales.values[0]:g} to {scales.values.min():g}" if len(scales) else ""
-    says = f"{column}: {len(late)} of {rows} steps overflowed, from step {late[0]:g} to {late[-1]:g}{fell}"
+    says = (
+        f"{column}: {len(late)} of {rows} {run.log.unit}s overflowed, from {run.at(late[0])} to {late[-1]:.15g}{fell}"
+    )
     values = (float(scales.values[0]), float(scales.values.min())) if len(scales) else (float(len(late)),)
     return Finding(
         [Evidence(says, column, (int(late[0]), int(late[-1])), values)],
@@ -88,7 +90,7 @@ def _clipping(run: Run) -> Finding | None:
     if len(after) < FEWEST_OVERFLOWS or after.values.mean() <= limit("clipped"):
         return None
     norm = middle(norms.between(after.steps[0], run.last))
-    says = f"{after.column}: {after.values.mean():.0%} of the steps from {after.steps[0]:g} on are clipped"
+    says = f"{after.column}: {after.values.mean():.0%} of the {run.log.unit}s from {after.steps[0]:.15g} on are clipped"
     says += f"; the gradient norm is {norm:.3g} in the middle" if math.isfinite(norm) else ""
     says += f", the clip norm {middle(most):.3g}" if len(most) else ""
     raised = f"to about {float(np.quantile(norms.values, 0.9)):.2g}" if len(norms) else "above the usual gradient norm"
@@ -109,7 +111,7 @@ def _sigma(run: Run) -> Finding | None:
         return None
     least, layer, series = min(falls)
     at, before = float(series.steps[int(np.argmin(series.values))]), middle(head(series, 0.05))
-    says = f"{series.column}: from {before:.3g} to {least:.3g} (step {at:g})"
+    says = f"{series.column}: from {before:.3g} to {least:.3g} ({run.at(at)})"
     says += f"; {len(falls)} norms in all" if len(falls) > 1 else ""
     return Finding(
         [Evidence(says, series.column, (int(series.steps[0]), int(at)), (before, least))],
@@ -126,7 +128,7 @@ def _units(run: Run, kind: str) -> Finding | None:
     layer, series = max(bad.items(), key=lambda item: middle(tail(item[1], 0.1)))
     crossed = float(series.steps[int(np.argmax(series.values > limit(_RULE[kind])))])
     end = middle(tail(series, 0.1))
-    says = f"{series.column}: {end:.0%} of the units are {kind} at the end, more than half since step {crossed:g}"
+    says = f"{series.column}: {end:.0%} of the units are {kind} at the end, more than half since {run.at(crossed)}"
     says += f"; {len(bad)} layers in all" if len(bad) > 1 else ""
     cure = "a longer warmup or a lower `lr` keeps its inputs small; so do smaller initial weights or a norm before it"
     if kind == "dead":

@@ -11,9 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from warmctl.diagnosis.columns import PHASES, TEXT, named, of_layers
+from warmctl.diagnosis.columns import HELD_OUT, PHASES, TENSORBOARD, TEXT, TRAINING, named, of_layers, plain
 
 Floats: TypeAlias = NDArray[np.float64]
+Placed: TypeAlias = tuple[str, Mapping[str, Any]]
+"""Where a row stands, as errors name it, and the row."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,33 @@ class Log:
     `log["scheduled_lr"]` is the applied rate over the scale where it was not logged itself, as by `opt.scalars`.
     """
 
-    def __init__(self, name: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """`rows` are (where, row) pairs: `where` is named in errors."""
+    def __init__(
+        self,
+        name: str,
+        rows: Iterable[Placed],
+        called: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """`rows` are (where, row) pairs: `where` is named in errors. `called`: kind → column, where it is given.
+
+        Raises ValueError for a column that is given and not there, and for what is no number.
+        """
         self.name = name
+        self.columns: list[str] = []
+        self.unit = "step"
+        """What is counted: "row" where no column is known to hold steps."""
+        self.restarts = 0
+        """How often the steps began again from the start; the rows before are left out."""
+        self.notes: dict[str, str] = {}
+        """By column: how the rows were read, where a reader has to know."""
         self._numbers: dict[str, dict[float, float]] = {}
         self._words: dict[str, dict[float, str]] = {kind: {} for kind in TEXT}
-        self._take(list(rows))
+        placed = list(rows)
+        self.columns = list({str(key): None for _, row in placed for key in row})
+        self._called = self._given({kind: column for kind, column in (called or {}).items() if column is not None})
+        self._take(self._of_training(placed))
 
     def __getitem__(self, kind: str) -> Series:
-        for column in named(kind, self._numbers):
+        for column in self._named(kind, self._numbers):
             if cells := self._numbers[column]:
                 return _series(column, cells)
         if kind == "scheduled_lr":
@@ -78,32 +98,67 @@ class Log:
         found = of_layers(kind, self._numbers)
         return {layer: _series(column, self._numbers[column]) for layer, column in found.items()}
 
-    @property
-    def columns(self) -> list[str]:
-        return list(self._numbers)
+    def _named(self, kind: str, columns: Iterable[str]) -> list[str]:
+        """The columns of a kind: the one that is called so, else those of known names."""
+        return [self._called[kind]] if kind in self._called else named(kind, columns)
 
-    def _take(self, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
-        keys = {str(key): None for _, row in rows for key in row}
-        counted = next(iter(named("step", keys)), None)
+    def _given(self, called: dict[str, str]) -> dict[str, str]:
+        for kind, column in called.items():
+            if (found := next((c for c in self.columns if plain(c) == plain(column)), None)) is None:
+                there = ", ".join(self.columns)
+                raise ValueError(f"{self.name}: no column {column!r}, that was given for {kind}, is among {there}")
+            called[kind] = column if column in self.columns else found
+        if "loss" not in called and tuple(map(plain, self.columns)) == TENSORBOARD:
+            called["loss"] = self.columns[2]
+            self.notes[self.columns[2]] = "taken for the training loss; the rates are not in this file"
+        return called
+
+    def _of_training(self, rows: list[Placed]) -> list[Placed]:
+        """Without the rows that a column says are of validation."""
+        for column in named("split", self.columns):
+            words = [str(row.get(column) or "").strip().lower() for _, row in rows]
+            held_out = set(words) & set(HELD_OUT)
+            if held_out and set(words) - held_out and set(words) <= {"", *TRAINING, *HELD_OUT}:
+                kept = [row for row, word in zip(rows, words, strict=True) if word not in held_out]
+                left_out = f"{len(rows) - len(kept)} rows of {', '.join(sorted(held_out))}"
+                self.notes[column] = f"the training rows are read, {left_out} are left out"
+                return kept
+        return rows
+
+    def _take(self, rows: list[Placed]) -> None:
+        keys = self.columns
+        known = (key for key in self._named("step", keys) if any(_is_given(row.get(key)) for _, row in rows))
+        counted = next(known, None)
+        if counted is None:
+            self.unit = "row"
+            self.notes["step"] = (
+                "no such column is known: rows are counted, from 0 on; if there is one, name it: `step=` (`--step`)"
+            )
         text = {column: kind for kind in TEXT for column in named(kind, keys)[:1]}
         unread: set[str] = set()  # columns with words in them
-        last = -math.inf
+        last, left_out = -math.inf, 0
         for number, (where, row) in enumerate(rows):
             step = float(number) if counted is None else _step(row.get(counted), where, last)
             if step < last:
+                begun = len(self["loss"]) > 0
                 self._rewind(step)
+                if begun and not len(self["loss"]):
+                    self.restarts, left_out = self.restarts + 1, number
             last = step
             for key, value in row.items():
                 if key in text and (word := _word(text[key], value)):
                     self._words[text[key]][step] = word
-                elif key != counted and key not in unread and value is not None and value != "":
+                elif key != counted and key not in unread and _is_given(value):
                     self._put(str(key), step, value, where, unread)
+        if counted is not None and self.restarts:
+            often = "" if self.restarts == 1 else f" {self.restarts} times"
+            self.notes[counted] = f"it begins again{often}; the {left_out} rows before that are left out"
 
     def _put(self, column: str, step: float, value: Any, where: str, unread: set[str]) -> None:
         try:
             number = number_of(value)
         except (TypeError, ValueError):
-            if any(named(kind, [column]) for kind in ("loss", "lr", "grad_norm")):
+            if column in self._called.values() or any(named(kind, [column]) for kind in ("loss", "lr", "grad_norm")):
                 raise ValueError(f"{where}: {column!r} is not a number: {_short(value)}") from None
             unread.add(column)
             self._numbers.pop(column, None)
@@ -116,6 +171,10 @@ class Log:
         for cells in columns:
             for later in [s for s in cells if s >= step]:
                 del cells[later]
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and not value.strip())
 
 
 def _word(kind: str, value: Any) -> str:
@@ -144,7 +203,7 @@ def number_of(value: Any) -> float:
 
 
 def _step(value: Any, where: str, last: float) -> float:
-    if value is None or value == "":
+    if not _is_given(value):
         return max(last, 0.0)  # a row beside the one before it
     try:
         step = number_of(value)

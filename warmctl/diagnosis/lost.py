@@ -18,7 +18,9 @@ SLOW = 0.05
 
 
 def lost(run: Run) -> Evidence | None:
-    """The first of the four signs that is there."""
+    """The first of the four signs that is there; two of them need the start of the run."""
+    if not run.warmup.seen:
+        return _not_finite(run) or _fallen_back(run)
     return _not_finite(run) or _dead(run) or _fallen_back(run) or _silent(run)
 
 
@@ -53,12 +55,17 @@ def lower(run: Run) -> str:
     )
     if warmup.controlled:
         return f"{rate}, or give AdaptiveWarmup a smaller `target`."
+    if not warmup.seen:
+        return f"{rate}."
     if warmup.end is None:
         return f"{rate}, and try a longer warmup beside it."
     if run.warmup.share > limit("long") and run.curve.lost_from is None:
         return f"{rate}; the warmup is long enough."
-    was = f" instead of {warmup.length}" if warmup.length else ""
-    return f"{rate}, and try `warmup_steps={suggested(run)}`{was} beside it."
+    longer, was = f"`warmup_steps={suggested(run)}`", f" instead of {warmup.length}" if warmup.length else ""
+    if run.log.unit == "row":  # of how many steps is not known
+        longer = f"a warmup of {suggested(run) / warmup.total:.0%} of the run"
+        was = f" instead of {warmup.share:.0%}" if warmup.length else ""
+    return f"{rate}, and try {longer}{was} beside it."
 
 
 def suggested(run: Run) -> int:
@@ -74,7 +81,7 @@ def _not_finite(run: Run) -> Evidence | None:
     value = logged.at(start)
     before = run.row(len(run.curve.steps) - 1)
     return Evidence(
-        f"loss: {value} from step {start:g} on; the last finite one was {before}",
+        f"loss: {value} from {run.at(start)} on; the last finite one was {before}",
         logged.column,
         (int(start),),
         (value,),

@@ -46,6 +46,7 @@ def _move(run: Run, series: Series, rise: float) -> Evidence | None:
         return None
     at = int(np.argmax(moved))
     value, step = float(late.values[at]), float(late.steps[at])
-    when = "at the same step" if step == rise else f"{rise - step:g} steps before"
-    says = f"{when}, {series.column} had gone from {level:.3g} to {value:.3g} (step {step:g})"
+    unit = run.log.unit
+    when = f"at the same {unit}" if step == rise else f"{rise - step:.15g} {unit}s before"
+    says = f"{when}, {series.column} had gone from {level:.3g} to {value:.3g} ({run.at(step)})"
     return Evidence(says, series.column, (int(step),), (value,))

@@ -15,14 +15,15 @@ class Rule(NamedTuple):
     """"" where it is told beside any verdict."""
 
 
-LOST, UNDER, CAPPED, OVER, WELL = (
+LOST, UNDER, CAPPED, UNSEEN, OVER, WELL = (
     "lost",
     "under-warmed",
     "capped below the schedule",
+    "not judged",
     "over-warmed",
     "well warmed",
 )
-VERDICTS = (LOST, UNDER, CAPPED, OVER, WELL)
+VERDICTS = (LOST, UNDER, CAPPED, UNSEEN, OVER, WELL)
 """The first one whose sign is there is given."""
 
 RULES: dict[str, Rule] = {
@@ -42,7 +43,13 @@ RULES: dict[str, Rule] = {
         "scale, or lr and scheduled_lr",
         CAPPED,
     ),
-    "long": Rule("warmup takes more than {:.0%} of the record", 0.35, "phase or lr", OVER),
+    "late": Rule(
+        "the log begins after step {:g} and two intervals of its rows, or its steps begin again and no rate rises then",
+        10,
+        "step, lr",
+        UNSEEN,
+    ),
+    "long": Rule("warmup takes more than {:.0%} of the record", 0.35, "lr", OVER),
     "spike": Rule("later, the loss rises to {:g} times its level and comes back", 1.6, "loss", ""),
     "overflow": Rule(
         "float16 overflows: more than {:.0%} of the steps after the first 20 are skipped",

@@ -23,7 +23,7 @@ class Run:
     @classmethod
     def of(cls, log: Log) -> Run:
         curve = Curve.of(log)
-        return cls(log, curve, warmup_of(log, curve))
+        return cls(log, curve, warmup_of(log))
 
     @property
     def first(self) -> float:
@@ -35,16 +35,27 @@ class Run:
 
     @property
     def early_until(self) -> float:
-        """The last step of warmup and the time soon after it."""
+        """The last step of warmup and the time soon after it; of a record that begins later its first step."""
+        if not self.warmup.seen:
+            return self.first
         return max(2.0 * self.warmup.length, self.first + EARLY * (self.last - self.first))
+
+    def at(self, step: float) -> str:
+        """A step, or the row that is counted as one, in words."""
+        return f"{self.log.unit} {step:.15g}"
 
     def row(self, index: int) -> str:
         """A loss and its step, in words."""
-        return f"{self.curve.loss[index]:.3g} (step {self.curve.steps[index]:g})"
+        return f"{self.curve.loss[index]:.3g} ({self.at(self.curve.steps[index])})"
 
     def about(self, index: int) -> str:
         """The loss around a step, in words."""
-        return f"about {self.curve.middle[index]:.3g} (step {self.curve.steps[index]:g})"
+        return f"about {self.curve.middle[index]:.3g} ({self.at(self.curve.steps[index])})"
+
+    @property
+    def took(self) -> str:
+        """How long warmup took, in words."""
+        return f"took {self.warmup.length} of {self.warmup.total:.15g} {self.log.unit}s"
 
     def rows(self, says: str, *indices: int) -> Evidence:
         """Evidence of rows of the loss."""

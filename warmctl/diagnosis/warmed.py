@@ -13,12 +13,15 @@ from warmctl.diagnosis.lost import is_slow
 from warmctl.diagnosis.rules import limit
 from warmctl.diagnosis.run import Run, middle, tail
 
+ONLY = "which does not say that this `lr` is the best"
 STABILITY = "the stability ratio"
 """In the reason of an end, where that gauge held the rate."""
 
 
 def under_warmed(run: Run) -> Evidence | None:
     """A loss that rises above the start's, or gives back most of what is learnt, in warmup or soon after."""
+    if not run.warmup.seen:
+        return None
     curve = run.curve
     early = int(np.searchsorted(curve.steps, run.early_until, side="right"))
     top = int(np.argmax(curve.smooth[:early]))
@@ -41,7 +44,7 @@ def capped(run: Run) -> Evidence | None:
         return None
     why = [f" ({reason})" for reason in _ended(run)]
     says = f"{scale.column}: {middle(end):.3g} of the scheduled rate at the end, and no more than "
-    says += f"{end.values.max():.3g} from step {end.steps[0]:g} on{why[-1] if why else ''}"
+    says += f"{end.values.max():.3g} from {run.at(end.steps[0])} on{why[-1] if why else ''}"
     return Evidence(says, scale.column, (int(end.steps[0]), int(end.steps[-1])), (middle(end), float(end.values.max())))
 
 
@@ -58,6 +61,22 @@ def advice_for_capped(run: Run) -> str:
     )
 
 
+def unseen(run: Run) -> Evidence | None:
+    """A record without the start of the run, where warmup was."""
+    if run.warmup.seen:
+        return None
+    begins = "begins again at" if run.log.restarts else "begins at"
+    return run.rows(
+        f"loss: the log {begins} {run.at(run.first)}, at {run.curve.loss[0]:.3g}: how it began is not in it", 0
+    )
+
+
+def advice_for_unseen(run: Run) -> str:
+    if run.log.restarts:
+        return "To have a warmup judged, give a log of one run alone, from its first step on."
+    return "To have a warmup judged, give a log from the first step on."
+
+
 def over_warmed(run: Run) -> Evidence | None:
     """A warmup that takes more of the record than any that is known to pay."""
     warmup = run.warmup
@@ -66,37 +85,43 @@ def over_warmed(run: Run) -> Evidence | None:
     rising = " and the rate was still rising" if warmup.share == 1.0 else ""
     index = min(int(np.searchsorted(run.curve.steps, warmup.end)), len(run.curve.steps) - 1)
     says = (
-        f"{'phase' if warmup.controlled else run.log['lr'].column}: warmup took {warmup.length} of {run.last:g} steps"
-        f"{rising}; the loss went from {run.row(0)} to {run.about(index)} in it, without a rise"
+        f"{warmup.column}: warmup {run.took}{rising}; "
+        f"the loss went from {run.row(0)} to {run.about(index)} in it, without a rise"
     )
     return run.rows(says, 0, index)
 
 
 def advice_for_over(run: Run) -> str:
     if run.warmup.controlled:
-        return (
-            "Nothing is broken: the rate rose as fast as its gauges allowed. `max_warmup` would hold it at the scale "
-            "of that step; a larger `target` lets it rise faster where `reason` is the stability ratio."
-        )
-    return f"`warmup_steps={max(1, round(run.warmup.length / 3))}`: nothing in the record asks for more."
+        reasons = [reason for step, reason in run.log.words("reason").items() if step <= run.warmup.length]
+        faster = " A larger `target` lets it rise faster." if any(STABILITY in reason for reason in reasons) else ""
+        return f"Nothing is broken: the rate rose as fast as its gauges allowed.{faster}"
+    third = run.warmup.length / 3
+    shorter = f"`warmup_steps={max(1, round(third))}`"
+    if run.log.unit == "row":  # of how many steps is not known
+        shorter = f"A warmup of {third / run.warmup.total:.0%} of the run"
+    return f"{shorter}: nothing in the record asks for more."
 
 
 def well_warmed(run: Run) -> Evidence:
     """What there is to say where no sign of another verdict is there."""
     warmup = run.warmup
     took = {None: "the record has no rate", 0: "there was none"}.get(
-        warmup.end if warmup.end is None else warmup.length, f"it took {warmup.length} of {run.last:g} steps"
+        warmup.end if warmup.end is None else warmup.length, f"it {run.took}"
     )
     return run.rows(f"loss: {run.row(0)} to {run.curve.end_loss:.3g}, without a rise in warmup ({took})", 0, -1)
 
 
-def advice_for_well(run: Run) -> str:
+def advice_for_well(run: Run, troubled: bool) -> str:
+    """`troubled`: whether something is told beside the verdict."""
     if run.curve.end > math.log(1 - limit("dead")) and is_slow(run):
         return "Warmup did no harm, but the loss falls slowly and without a rise: try three times the `lr`."
+    if troubled:
+        return f"No trouble came of the warmup, {ONLY}. See to what is beside it:"
     if run.warmup.controlled:
-        return "Keep it. `history.schedule(path)` replays this warmup in other seeds for nothing."
+        return f"Keep this warmup, {ONLY}; `history.schedule(path)` replays it in other seeds for nothing."
     needless = run.warmup.end is not None and not run.warmup.length
-    return "Keep it: at this rate the run needs no warmup." if needless else "Keep this warmup."
+    return f"Nothing here asks for a warmup, {ONLY}." if needless else f"Keep this warmup, {ONLY}."
 
 
 def _ended(run: Run) -> list[str]:
@@ -129,4 +154,4 @@ def _back(run: Run, top: int, level: float) -> str:
     back = run.curve.back_at(top, level)
     if back is None:
         return "and not below that again"
-    return f"and below that again at step {back:g}"
+    return f"and below that again at {run.at(back)}"
