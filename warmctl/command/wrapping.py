@@ -86,17 +86,17 @@ class Wrapping:
         copied = not args and not kwargs
         if self._building or copied or issubclass(cls, OptimizerProxy):
             return made
-        first, self._building = self.opt is None, True
+        ours, self._building = self.opt, True
         try:
             made.__init__(*args, **kwargs)  # type: ignore[misc]
             place = Place.of(_outside_of_torch())
-            if first:
+            if ours is None:
                 self._wrap(made, place)
-            elif made.param_groups is not self.opt.param_groups:  # type: ignore[union-attr]  # as of Accelerate's
+            elif getattr(made, "param_groups", None) is not ours.param_groups:  # Accelerate's are
                 self.bare[id(made)] = f"{place}: {cls.__name__}"
         finally:
             self._building = False
-        if first and self.opt is not None:
+        if ours is None and self.opt is not None:
             return self.opt  # no instance of `cls`: Python calls no `__init__`
         _skip_init_once(cls, made)
         return made
