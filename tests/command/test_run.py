@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from warmctl.command.run import assigned, loss_of, rise
+from tests.command.test_commands import invoke
+from warmctl.command.place import Place, loss_of
+from warmctl.command.run import in_place_of, rise
+from warmctl.command.wrapping import Wrapping
 from warmctl.record.history import History
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +79,61 @@ def test_an_error_of_the_script_is_its_own(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "here\n") and "nothing was wrapped" in done.stderr
     done = run(tmp_path, "none.py")
     assert (done.returncode, done.stderr) == (1, "none.py: no such file\n")
+    (tmp_path / "train.py").write_text("def f():\n    raise KeyError(7)\nf()\n")
+    done = run(tmp_path, "train.py")
+    trace = done.stderr[done.stderr.index("Traceback") :].splitlines()
+    assert done.returncode == 1 and trace[1].startswith('  File "train.py", line 3') and trace[-1] == "KeyError: 7"
+
+
+def test_a_target_that_cannot_be_is_refused_before_the_script_runs(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print('here')")
+    for target in ("3", "0", "nan"):
+        status, printed, said = invoke("run", "--target", target, str(tmp_path / "train.py"))
+        assert (status, printed) == (1, "") and f"edge of stability at 1, got {target}" in said
+
+
+def test_no_record_is_replaced_unheard(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    for name in ("train.jsonl", "train-2.jsonl"):
+        assert f"record: {name}\n" in run(tmp_path, "train.py").stderr and (tmp_path / name).stat().st_size
+    done = run(tmp_path, "--out", "train.jsonl", "train.py")
+    assert done.stderr.startswith("warmctl: train.jsonl holds an earlier run, whose rows this one replaces\n")
+    assert not (tmp_path / "train-3.jsonl").exists()
+    (tmp_path / "notes").write_text("mine\n")
+    status, printed, _ = invoke("run", "--out", str(tmp_path / "notes"), str(tmp_path / "train.py"))
+    assert (status, printed, (tmp_path / "notes").read_text()) == (1, "", "mine\n")
+
+
+OWN = """
+import torch
+from torch import nn
+from warmctl import AdaptiveWarmup
+
+torch.manual_seed(0)
+net, other = nn.Linear(4, 1), nn.Linear(4, 1)
+base, second = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(other.parameters(), lr=0.1)
+optim = AdaptiveWarmup(base, net, target=0.5)
+second = AdaptiveWarmup([second], other)
+x = torch.randn(32, 4)
+for _ in range(12):
+    optim.zero_grad()
+    optim.backward(nn.functional.mse_loss(net(x), x[:, :1]))
+    optim.step()
+print(len(net._forward_hooks), isinstance(base, AdaptiveWarmup))
+"""
+
+
+def test_a_script_that_wraps_its_optimizer_itself_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(OWN)
+    done = run(tmp_path, "train.py")
+    assert (done.returncode, done.stdout) == (0, "1 False\n"), done.stderr
+    assert "the script wraps SGD over Linear itself (train.py:9) and was left to it, 12 steps" in done.stderr
+    assert "to keep it for good" not in done.stderr and "left bare" not in done.stderr
+    names: dict[str, Any] = {}
+    exec(compile(OWN, "by_hand", "exec"), names)
+    recorded, own = History.from_jsonl(tmp_path / "train.jsonl"), names["optim"].history
+    assert [row["target"] for row in recorded] == [0.5] * 12
+    assert all(recorded[name] == own[name] for name in ("loss", "lr", "probes", "overhead"))
 
 
 @pytest.mark.slow
@@ -87,23 +147,59 @@ def test_scripts_of_accelerates_wheel(name: str, tmp_path: Path) -> None:
     assert history[-1]["probes"] > 0 and "after this statement" in done.stderr  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(
-    ("statement", "name"),
-    [
-        ("opt = SGD(model.parameters(), lr=0.1)", "opt"),
-        ("self.opt = SGD(x)", "self.opt"),
-        ("return SGD(x, lr=0.1)", "optimizer"),
-        ("SGD(x)", "optimizer"),
-        ("", "optimizer"),
-    ],
-)
-def test_the_name_of_the_optimizer(statement: str, name: str) -> None:
-    assert assigned(statement) == name
-
-
 def test_the_loss_of_a_backward() -> None:
     assert loss_of("(a + b).backward()") == "a + b"
     assert [loss_of(words) for words in ("accelerator.backward(loss)", "x = 1", "")] == ["loss"] * 3
+
+
+FORMS = [
+    ("opt = AdamW(m.parameters(), lr=0.1)", "after this statement: opt = AdaptiveWarmup(opt, m)"),
+    ("m.opt = AdamW(\n    m.parameters(),\n    lr=0.1,\n)", "after this statement: m.opt = AdaptiveWarmup(m.opt, m)"),
+    ("opt: object = AdamW(m.parameters())", "after this statement: opt = AdaptiveWarmup(opt, m)"),
+    ("o = {}; o['a'] = AdamW(m.parameters())", "after this statement: o['a'] = AdaptiveWarmup(o['a'], m)"),
+    ("m = Linear(2, 1); opt = AdamW(m.parameters())", "after this statement: opt = AdaptiveWarmup(opt, m)"),
+    ("name, (opt, n) = 'a', [AdamW(m.parameters()), 1]", "after this statement: opt = AdaptiveWarmup(opt, m)"),
+    (
+        "def f():\n    return AdamW(m.parameters())\nf()",
+        f"{(a := 'AdamW(m.parameters())')}  becomes  AdaptiveWarmup({a}, m)",
+    ),
+    ("opts = {'é': AdamW(m.parameters())}", f"{a}  becomes  AdaptiveWarmup({a}, m)"),
+    ("a = b = AdamW(m.parameters())", f"{a}  becomes  AdaptiveWarmup({a}, m)"),
+    ("opt, = [AdamW(p) for p in [m.parameters()]]", "AdamW(p)  becomes  AdaptiveWarmup(AdamW(p), m)"),
+    ("opt = (lambda c: c)(AdamW)(\n    m.parameters()\n)", "after this statement: opt = AdaptiveWarmup(opt, m)"),
+    ("f = [AdamW(\n    m.parameters()\n)]", "AdamW(...)  becomes  AdaptiveWarmup(AdamW(...), m)"),
+    ("exec('opt = AdamW(m.parameters())')", "wrap the optimizer that is built here: AdaptiveWarmup(..., m)"),
+]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python does not say which of a line's calls it is in")
+@pytest.mark.parametrize(("statement", "said"), FORMS, ids=[form for form, _ in FORMS])
+def test_what_to_change_fits_the_statement(statement: str, said: str, tmp_path: Path) -> None:
+    head = "from torch.nn import Linear\nfrom torch.optim import AdamW\nm = Linear(2, 1)\n"
+    assert in_place_of(built_in(tmp_path / "form.py", head + statement), "m") == said
+
+
+@pytest.mark.parametrize("form", [0, 1, 2, 5, 7])
+def test_where_python_does_not_say_the_only_call_of_a_line_is_taken(form: int, tmp_path: Path) -> None:
+    statement, said = FORMS[form]
+    place = built_in(
+        tmp_path / "form.py",
+        "from torch.optim import AdamW\nfrom torch.nn import Linear\nm = Linear(2, 1)\n" + statement,
+    )
+    assert in_place_of(replace(place, end=None), "m") == said
+
+
+def test_two_calls_of_a_line_are_not_guessed_between(tmp_path: Path) -> None:
+    (tmp_path / "form.py").write_text(FORMS[4][0])
+    assert in_place_of(Place(str(tmp_path / "form.py"), 1), "m").startswith("wrap the optimizer")
+
+
+def built_in(path: Path, script: str) -> Place:
+    path.write_text(script)
+    with Wrapping(None) as wrapping:
+        runpy.run_path(str(path))
+    assert wrapping.built is not None and wrapping.model_name == "m"
+    return wrapping.built
 
 
 def test_the_rise_of_a_schedule() -> None:
@@ -131,6 +227,8 @@ def test_only_losses_of_the_wrapped_optimizer_are_its_own(retain: str, tmp_path:
     done = run(tmp_path, "gan.py")
     assert done.returncode == 0, done.stderr
     assert "gan.py:11" in done.stderr and "gan.py:10" not in done.stderr
+    assert "after this statement: og = AdaptiveWarmup(og, G)" in done.stderr
+    assert "warmctl: left bare, for only the first is wrapped: gan.py:7: SGD\n" in done.stderr
     by_hand = TWO.replace("RETAIN", "").replace("lg.backward()", "og.backward(lg)")
     by_hand = by_hand.replace("for _", "import warmctl\nog = warmctl.AdaptiveWarmup(og, G)\nfor _")
     names: dict[str, Any] = {}

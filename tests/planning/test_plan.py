@@ -240,6 +240,48 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     assert found._repr_html_().count("<tr>") == len(named)
 
 
+class Lion(torch.optim.Optimizer):
+    """Two betas, and no second moment."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"])
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (lambda p: Lion(p, 0.1), None),
+        (lambda p: torch.optim.Adamax(p, 0.1), None),
+        (lambda p: torch.optim.ASGD(p, 0.1), None),
+        (lambda p: torch.optim.AdamW(p, 0.1, betas=(0.9, 0.99)), 200),
+        (lambda p: torch.optim.RMSprop(p, 0.1, alpha=0.98), 100),
+    ],
+)
+def test_only_rules_that_average_squared_gradients_ask_for_their_warmup(make: Any, steps: int | None) -> None:
+    model = mlp()
+    found = plan(model, loss_fn, batch_of(0), make(model.parameters()))
+    assert found.second_moment_steps == steps
+    assert steps or "not known to average squared gradients" in found.reasons["second_moment_steps"]
+
+
+def test_what_a_printed_plan_promises() -> None:
+    model = mlp()
+    said = [
+        str(plan(model, loss_fn, batch_of(0), optimizer(model.parameters(), 0.1), reference=reference))
+        for optimizer in (torch.optim.SGD, torch.optim.Adam)
+        for reference in (None, (0.05, 64))
+    ]
+    assert ["does not bound the useful rate: see rate_range" in text for text in said] == [True, True, False, False]
+    assert ["no reference rate was given: from the peak that is set" in t for t in said] == [True, False] * 2
+    assert not [text for text in said if "the reference's rate" in text or max(map(len, text.splitlines())) > 150]
+
+
 def test_what_is_missing_says_why() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.TransformerEncoderLayer(6, 1, 6, dropout=0.1), nn.Linear(6, 3))
     found = plan(model, loss_fn, batch_of(0), torch.optim.SGD(model.parameters(), 1e4))

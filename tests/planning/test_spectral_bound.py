@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.spectral_bound.dense import eigenvalues
 from benchmarks.spectral_bound.models import MODELS, Case, Residual, case, classification
 from warmctl.planning.layers import RULES
-from warmctl.planning.operator_norm import operator_norm
+from warmctl.planning.operator_norm import jacobian_norm, operator_norm
 from warmctl.planning.spectral import spectral_bound
 
 
@@ -108,6 +108,21 @@ def test_operator_norm_of_a_matrix() -> None:
     assert operator_norm(lambda x: matrix @ x, torch.zeros(20)) == pytest.approx(
         float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-5
     )
+
+
+def test_the_norm_of_a_jacobian_takes_one_call() -> None:
+    torch.manual_seed(0)
+    at, calls = [torch.randn(4, 5).double(), torch.randn(5, 3).double()], []
+
+    def attends(x: Sequence[Tensor]) -> Tensor:
+        calls.append(1)
+        return torch.softmax(x[0] @ x[0].T, -1) @ x[0] @ x[1]
+
+    found = jacobian_norm(attends, at)
+    assert calls == [1]
+    parts = torch.autograd.functional.jacobian(lambda *x: attends(x), tuple(at))
+    exact = float(torch.linalg.matrix_norm(torch.cat([part.reshape(12, -1) for part in parts], 1), 2))
+    assert exact * (1 - 1e-6) <= found <= exact * (1 + 5e-4)
 
 
 ACTIVATIONS = [

@@ -6,6 +6,7 @@ import copy
 import enum
 import math
 import pickle
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,3 +176,12 @@ def test_warmup_end() -> None:
     assert warmup_end(history(first=6, last=9)) is None
     assert warmup_end(History([{"step": 1, "loss": 1.0}])) is None
     assert warmup_end(History([{"step": 1, "phase": "warmup"}, {"step": 2, "phase": "done"}])) == (2, "")
+
+
+def test_at_the_interpreters_exit_it_needs_no_name_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are None by then."""
+    history = History([{"step": 1}])
+    names = vars(sys.modules[History.__module__])
+    for name in [name for name in names if not name.startswith("__")]:
+        monkeypatch.setitem(names, name, None)
+    history.__del__()

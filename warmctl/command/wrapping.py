@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gc
 import inspect
-import linecache
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from warmctl.command.place import Place, name_in
 from warmctl.loss.backward import graph_nodes
 from warmctl.optimizer import AdaptiveWarmup
 from warmctl.proxy import OptimizerProxy
@@ -30,23 +29,8 @@ ARGUMENTS = "gradient", "retain_graph", "create_graph", "inputs"
 """Of `Tensor.backward`, in their order."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A line of the script, or of what it uses."""
-
-    path: str
-    line: int
-
-    @property
-    def text(self) -> str:
-        return linecache.getline(self.path, self.line).strip()
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
-
-
 class Wrapping:
-    """Wraps the first optimizer that is built over a module's parameters.
+    """Wraps the first optimizer that is built over a module's parameters, and steps aside for a script that does so.
 
     Args:
         record: where its history is written; None: nowhere.
@@ -54,24 +38,29 @@ class Wrapping:
 
     Attributes:
         opt: the wrapper, once there is one.
-        model: the module that it was found to train, and `name`, what the script calls it.
+        name: what the script calls it where it calls `backward`; "" if it has no name there.
+        model: the module that it was found to train, and `model_name`, what the script calls it.
         built, backward: where the optimizer was built, and where the script called `backward` on a loss.
+        aside: where the script wrapped that optimizer itself: `opt` is its own wrapper then, and only has the record.
         on_graph: that loss was measured on its live graph; the model itself returned none, and there was no closure.
         refused: why optimizers before it were left alone, in words.
+        bare: by identity, optimizers after it that nobody has wrapped, in words.
     """
 
     def __init__(self, record: Path | None, **options: Any) -> None:
         self.record, self.options = record, options
         self.opt: AdaptiveWarmup | None = None
         self.model: nn.Module | None = None
-        self.name = "model"
+        self.name, self.model_name = "", "model"
         self.built: Place | None = None
         self.backward: Place | None = None
+        self.aside: Place | None = None
         self.refused: list[str] = []
+        self.bare: dict[int, str] = {}
         self.on_graph = self._building = self._in_backward = False
 
     def __enter__(self) -> Wrapping:
-        wrapping, self._backward = self, Tensor.backward
+        wrapping, self._backward, self._init = self, Tensor.backward, AdaptiveWarmup.__init__
 
         def new(cls: type[Optimizer], *args: Any, **kwargs: Any) -> Any:
             return wrapping._new(cls, args, kwargs)
@@ -79,33 +68,40 @@ class Wrapping:
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             wrapping._run_backward(loss, args, kwargs)
 
+        def init(opt: AdaptiveWarmup, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            wrapping._wrap_by_script(opt, optimizer, args, kwargs)
+
         Optimizer.__new__ = new  # type: ignore[method-assign, assignment]
         Tensor.backward = backward  # type: ignore[method-assign, assignment]
+        AdaptiveWarmup.__init__ = init  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *error: object) -> None:
         self._building = True  # `__new__` stays and lets everything through: a class does not forget that it had one
         Tensor.backward = self._backward  # type: ignore[method-assign]
+        AdaptiveWarmup.__init__ = self._init  # type: ignore[method-assign]
 
     def _new(self, cls: type[Optimizer], args: Any, kwargs: Any) -> Any:
         made = object.__new__(cls)
         copied = not args and not kwargs
-        if self.opt is not None or self._building or copied or issubclass(cls, OptimizerProxy):
+        if self._building or copied or issubclass(cls, OptimizerProxy):
             return made
-        self._building = True
+        ours, self._building = self.opt, True
         try:
             made.__init__(*args, **kwargs)  # type: ignore[misc]
-            self._wrap(made)
+            place = Place.of(_outside_of_torch())
+            if ours is None:
+                self._wrap(made, place)
+            elif getattr(made, "param_groups", None) is not ours.param_groups:  # Accelerate's are
+                self.bare[id(made)] = f"{place}: {cls.__name__}"
         finally:
             self._building = False
-        if self.opt is not None:
+        if ours is None and self.opt is not None:
             return self.opt  # no instance of `cls`: Python calls no `__init__`
         _skip_init_once(cls, made)
         return made
 
-    def _wrap(self, base: Optimizer) -> None:
-        frame = _outside_of_torch()
-        place = Place(frame.f_code.co_filename, frame.f_lineno)
+    def _wrap(self, base: Optimizer, place: Place) -> None:
         model = owner(base)
         if model is None:
             self.refused.append(f"{place}: {type(base).__name__} holds no module's parameters")
@@ -118,19 +114,39 @@ class Wrapping:
         if self.record is not None:
             opt.history.to_jsonl(self.record)
         self.opt, self.model, self.built = opt, model, place
-        known = {**frame.f_globals, **frame.f_locals}
-        self.name = next((name for name, value in known.items() if value is model), "model")
+        self.model_name = name_in(_outside_of_torch(), model) or "model"
+
+    def _wrap_by_script(self, opt: AdaptiveWarmup, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """`AdaptiveWarmup.__init__`. Of an optimizer that was wrapped here it takes the one inside, and takes over."""
+        if self._building:
+            return self._init(opt, optimizer, *args, **kwargs)
+        members = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        ours = self.opt if self.aside is None and any(member is self.opt for member in members) else None
+        plain = [ours.base if ours is not None and member is ours else member for member in members]
+        self._building = True
+        try:
+            self._init(opt, plain if isinstance(optimizer, (list, tuple)) else plain[0], *args, **kwargs)
+        finally:
+            self._building = False
+        for member in members:
+            self.bare.pop(id(member), None)
+        if ours is not None:
+            self.opt, self.model, self.aside = opt, opt.model, Place.of(_outside_of_torch())
+            _become_plain(ours)
+            if self.record is not None:
+                opt.history.to_jsonl(self.record)
+        return None
 
     def _run_backward(self, loss: Tensor, args: Any, kwargs: Any) -> None:
         plain: Callable[[], None] = partial(self._backward, loss, *args, **kwargs)
         given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         elsewhere = given.get("inputs") is not None  # as for adversarial examples
-        if self.opt is None or self._in_backward or elsewhere or not self._trains(loss):
+        if self.opt is None or self.aside or self._in_backward or elsewhere or not self._trains(loss):
             return plain()
         weight = given.get("gradient")
         if self.backward is None:
             frame = _outside_of_torch()
-            self.backward = Place(frame.f_code.co_filename, frame.f_lineno)
+            self.backward, self.name = Place.of(frame), name_in(frame, self.opt)
         if self.opt.phase != "done":
             self.on_graph = not (self.opt.sources.captured.expected or self.opt.sources.in_closure)
         self._in_backward = True
@@ -164,6 +180,17 @@ def owner(optimizer: Optimizer) -> nn.Module | None:
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters()) if "_parameters" in module.__dict__ else []  # one that is being built has none
+
+
+def _become_plain(opt: AdaptiveWarmup) -> None:
+    """Leave a proxy that only hands on, for whoever holds it: nothing is heard, measured or written any more."""
+    base = opt.base
+    opt.history.close()
+    opt.sources.captured.capture.remove()
+    opt.sources.watch.follow([])
+    vars(opt).clear()
+    opt.__class__ = OptimizerProxy  # type: ignore[assignment]
+    opt.base = base
 
 
 def _skip_init_once(cls: type[Optimizer], made: Optimizer) -> None:

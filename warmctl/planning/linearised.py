@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from warmctl.loss.switches import MATH, NO_FASTPATH
-from warmctl.planning.operator_norm import operator_norm
+from warmctl.planning.operator_norm import jacobian_norm
 from warmctl.vectors import wide
 
 ATTENTION = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer
@@ -26,7 +26,7 @@ Place = fx.Node | str
 def jacobian_norms(node: fx.Node, values: Mapping[fx.Node, Any], module: nn.Module | None) -> Callable[..., float]:
     """‖∂output/∂(those together)‖ of a call, as a function of the places of its inputs, or of its parameters.
 
-    Cost: at most 100 products with the Jacobian and its adjoint, some five calls each.
+    Cost: one call, and at most 100 products with the Jacobian and its adjoint, on graphs that are kept.
 
     Args:
         module: the one that is called; None for a function.
@@ -47,16 +47,9 @@ def jacobian_norms(node: fx.Node, values: Mapping[fx.Node, Any], module: nn.Modu
         return torch.cat([leaf.flatten() for leaf in tree_leaves(found) if isinstance(leaf, Tensor)])
 
     def norm(*places: Place) -> float:
-        at: dict[Place, Tensor] = {p: held[p] if isinstance(p, str) else given[p] for p in places}
-        sizes = [tensor.numel() for tensor in at.values()]
-
-        def along(flat: Tensor) -> Tensor:
-            parts = {p: v.view_as(at[p]) for p, v in zip(at, flat.split_with_sizes(sizes), strict=True)}
-            product: Tensor = jvp(output, (at,), (parts,))[1]
-            return product
-
+        at = [held[p] if isinstance(p, str) else given[p] for p in places]
         with MATH, NO_FASTPATH:
-            return operator_norm(along, torch.cat([tensor.flatten() for tensor in at.values()]))
+            return jacobian_norm(lambda x: output(dict(zip(places, x, strict=True))), at)
 
     return norm
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adamax, Optimizer
 
 from warmctl.curvature.sharpness import rows_of
 from warmctl.loss.no_trace import no_trace
@@ -209,21 +209,25 @@ def _batch_size(
         reasons |= dict.fromkeys(("scaled_rate", "largest_batch"), why)
         return
     figures["scaled_rate"] = scaled_rate(rate, size, to)
+    if before.recorded_rate is None:
+        reasons["scaled_rate"] = "no reference rate was given: from the peak that is set"
     critical = figures["critical_rate"] or figures["critical_rate_forward"]
     if critical is None or not rate:
         reasons["largest_batch"] = "it takes a critical rate, and a rate above 0 to scale"
     else:
         figures["largest_batch"] = largest_batch(rate, size, critical)
-    beta2 = _beta2(optimizer.param_groups[0])
+    beta2 = _beta2(optimizer)
     if beta2 is None:
-        reasons["second_moment_steps"] = "the optimizer keeps no running second moment"
+        reasons["second_moment_steps"] = "the optimizer is not known to average squared gradients"
     else:
         figures["second_moment_steps"] = second_moment_steps(beta2, size, to, before.warmup_steps)
 
 
-def _beta2(group: Mapping[str, Any]) -> float | None:
-    """The memory of the squared gradient: β₂, or RMSprop's α."""
-    betas = group.get("betas")
-    if isinstance(betas, tuple | list) and len(betas) == 2:
-        return float(betas[1])
+def _beta2(optimizer: Optimizer) -> float | None:
+    """The memory of the squared gradient in the first group: β₂, or RMSprop's α; None for rules that average none."""
+    rule, group = update_rule(optimizer), optimizer.param_groups[0]
+    if rule is None or rule.preconditioner is None or isinstance(optimizer, Adamax):  # which keeps a maximum
+        return None
+    if "betas" in group:
+        return float(group["betas"][1])
     return float(group["alpha"]) if "alpha" in group and "centered" in group else None

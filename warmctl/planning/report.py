@@ -24,7 +24,7 @@ class Plan:
     >>> found.ratio < 1.0 and "critical rate" in str(found)
     True
     >>> found.second_moment_steps, found.reasons["second_moment_steps"]
-    (None, 'the optimizer keeps no running second moment')
+    (None, 'the optimizer is not known to average squared gradients')
 
     A figure that could not be had is None, and `reasons` says why under its name; beside a figure it qualifies it.
 
@@ -44,7 +44,7 @@ class Plan:
         spectral_bound: an upper bound on λ_max of the Gauss–Newton matrix from the layers' spectral norms.
         warmup_steps: the smallest linear warmup that keeps min(1, t/W)·r₁(t) at or below `target`; 0 if none is needed.
         second_moment_steps: T_w(B), the warmup that a running second moment asks for at `batch_size`.
-        scaled_rate: the reference's rate, scaled linearly to `batch_size`.
+        scaled_rate: the reference's rate, or the peak that is set, scaled linearly to `batch_size`.
         largest_batch: B*, the batch size at which linear scaling meets the critical rate.
         optimizer, preconditioned, rows, batch_size, total_steps, target: what the plan was made for.
         reasons: by name of the field.
@@ -116,7 +116,7 @@ class Plan:
             "spectral_bound": self._on_bound(),
             "warmup_steps": self._on_warmup(),
             "second_moment_steps": "the linear warmup that averaging squared gradients asks for, by rule of thumb",
-            "scaled_rate": f"the reference's rate, scaled linearly to {self.batch_size} rows",
+            "scaled_rate": f"scaled linearly to {self.batch_size} rows",
             "largest_batch": "scale the rate with the batch up to here; beyond, keep it",
         }
         for name, advice in said.items():
@@ -141,8 +141,9 @@ class Plan:
         return "over the edge at 1: warm up while the sharpness falls, or lower the peak"
 
     def _on_critical_rate(self) -> str:
-        held = ", with the preconditioner of the first gradient" if self.preconditioned else ""
-        return f"the largest peak that is stable now{held}"
+        if self.preconditioned:
+            return "the largest peak that is stable now, with the preconditioner of the first gradient"
+        return "the largest peak that is stable now; that alone does not bound the useful rate: see rate_range"
 
     def _on_bound(self) -> str:
         if self.spectral_bound is None or not self.sharpness or self.sharpness <= 0:

@@ -18,7 +18,6 @@ one row.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import warnings
@@ -208,8 +207,10 @@ class History(Sequence[Row]):
         return History(self, self.about)  # a shallow copy would share columns that both then append to
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - at the interpreter's exit contextlib may be gone
             self.close()
+        except Exception:
+            pass
 
     @property
     def _columns(self) -> dict[str, Column]:

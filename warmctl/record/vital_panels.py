@@ -83,4 +83,5 @@ def _draw_clipped(axis: Axes, runs: list[NamedRun]) -> bool:
 
 def _entry(column: str, colour: str) -> tuple[str, dict[str, Any]]:
     name = plain(layer(column))
+    name = name if any(map(str.isalpha, name)) else f"layer {name}"  # of a Sequential, "0.2"
     return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :], {"color": colour, "linewidth": 1.5}
