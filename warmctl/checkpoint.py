@@ -144,8 +144,9 @@ class SavedState:
         """
         bare, numbers, vectors = unpack(state_dict, self.vectors)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if len(bare["param_groups"]) == len(self.optimizer.param_groups):  # else the optimizer says so
-            _check_number(numbers, len(self._values()))
+        if len(bare["param_groups"]) != len(self.optimizer.param_groups):
+            return bool(self.optimizer.load_state_dict(bare))  # which says so
+        _check_number(numbers, len(self._values()))
         pairs = [] if numbers is None else self._split(numbers)
         for part, values in pairs:
             part.check_state_values(values)

@@ -7,8 +7,8 @@ from torch.optim import Optimizer
 from warmctl.rates import learning_rate, trains
 from warmctl.state import POSITIVE, check
 
-ROUNDING = 1e-9
-"""Relative difference of two rates that is none."""
+ROUNDING, TINY = 1e-9, 1e-3
+"""Relative difference of two rates that is none; and part of the largest below which a rate is none yet."""
 
 
 class CommonRate:
@@ -26,13 +26,15 @@ class CommonRate:
         self._first: list[float] = []
 
     def restart(self) -> None:
-        """Forget the first rates."""
-        self._first = []
+        """The present rates are the first ones; of a group at 0, which may take turns with others, its own remains."""
+        self._first = [0.0 if rate else first for first, rate in zip(self._known, self._rates, strict=True)]
+        self.joined()
 
     def joined(self) -> bool:
-        """Whether a group trains at a rate above 0 for the first time, later than others. Notes the first rates."""
+        """Whether a group begins to train later than others, for the first time. Notes the first rates."""
         before, rates = self._known, self._rates
-        self._first = [first or rate for first, rate in zip(before, rates, strict=True)]
+        least = TINY * (max(before, default=0.0) or max(rates, default=0.0))
+        self._first = [first or (rate if rate >= least else 0.0) for first, rate in zip(before, rates, strict=True)]
         return any(before) and self._first != before
 
     @property

@@ -321,7 +321,6 @@ def _follow_parameters(opt: AdaptiveWarmup) -> None:
     thawed = opt.sources.follow(opt.trainable) or 0 < opt.counts.trained < len(opt.sources.params)
     if opt._common.joined() or thawed:
         opt.restart()
-        opt._common.joined()
     opt.counts.trained = len(opt.sources.params)
 
 

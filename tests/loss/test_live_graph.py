@@ -83,6 +83,20 @@ def test_a_step_after_one_that_a_scaler_skipped_is_no_part_of_it(to_none: bool) 
     assert all(map(math.isfinite, opt.history["loss"]))
 
 
+def test_a_sum_over_its_own_count_is_a_mean_whatever_the_count() -> None:
+    def run(reduction: str) -> float:
+        model = mlp()
+        opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+        for size in (2, 16):
+            x, y = batch_of(0, size)
+            loss = torch.nn.functional.mse_loss(model(x), y, reduction=reduction)
+            opt.backward(loss / y.numel() if reduction == "sum" else loss)
+        opt.step()
+        return float(opt.metrics["sharpness"])
+
+    assert run("sum") == pytest.approx(run("mean"), rel=1e-3)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_micro_batches_count_by_what_their_losses_are_multiplied_by(as_tensor: bool) -> None:
     """As those of unequal size do; here all are of one example, which makes every loss the same."""
@@ -95,7 +109,8 @@ def test_micro_batches_count_by_what_their_losses_are_multiplied_by(as_tensor: b
             opt.zero_grad()
             for size in sizes:
                 loss = loss_fn(model, (x.expand(size, -1), y.expand(size, -1)))
-                opt.backward(loss * (torch.tensor(size / sum(sizes)) if as_tensor else size / sum(sizes)))
+                share = size / sum(sizes)
+                opt.backward(torch.tensor(share) * loss if as_tensor else loss * share)
             opt.step()
         return opt.history["sharpness"][1:]
 

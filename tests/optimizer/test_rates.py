@@ -319,3 +319,37 @@ def test_a_group_that_is_given_a_rate_later_is_warmed_up_as_one_that_is_thawed()
     (scales, _), (thawed, _) = run(False), run(True)
     assert scales[60] < 0.1 * scales[59]
     assert scales == pytest.approx(thawed, rel=1e-3)
+
+
+def test_groups_that_take_turns_are_each_warmed_up_once() -> None:
+    model = mlp()
+    groups = [{"params": layer.parameters(), "lr": 0.1} for layer in (model[0], model[2])]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups), model)
+    turns = schedulers.LambdaLR(opt, [lambda step: float(step % 2), lambda step: float((step + 1) % 2)])
+    for step in range(120):
+        train(opt, model, [step])
+        turns.step()
+    assert opt.metrics["scale"] == 1.0 and opt.phase == "guard" and opt.metrics["probes"] < 8
+
+
+@pytest.mark.parametrize("start", [1e-10, 1e-8, 1e-4])
+def test_a_rate_that_begins_next_to_nothing_is_no_measure_of_what_comes(start: float) -> None:
+    model = mlp()
+    groups = [{"params": layer.parameters(), "lr": 0.1} for layer in (model[0], model[2])]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups), model)
+    ramp = schedulers.LambdaLR(opt, [lambda step: min(1.0, start + step / 50), lambda _: 1.0])
+    for step in range(60):
+        train(opt, model, [step])
+        ramp.step()
+    assert opt.metrics["scale"] == 1.0
+
+
+def test_a_decay_to_nothing_is_no_beginning() -> None:
+    model = mlp()
+    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in ((model[0], 1e-5), (model[2], 0.1))]
+    opt = AdaptiveWarmup(torch.optim.SGD(groups), model)
+    decay = schedulers.LambdaLR(opt, [lambda _: 1.0, lambda step: max(0.0, 1.0 - step / 50) + 1e-6])
+    for step in range(60):
+        train(opt, model, [step])
+        decay.step()
+    assert opt.metrics["scale"] == 1.0 and min(opt.history["scale"][30:]) == 1.0

@@ -125,7 +125,9 @@ def advice(wrapping: Wrapping, script: str) -> list[str]:
         f"warmctl: {own if wrapping.aside else f'wrapped {what}'}, {metrics['step']} steps, {metrics['probes']} "
         f"probes, phase {metrics['phase']}, scale {metrics['scale']:.3g}; record: {wrapping.record}"
     )
-    lines += [f"warmctl: left bare, for only the first is wrapped: {what}" for what in wrapping.bare.values()]
+    lines += [
+        f"warmctl: left bare, for only the first is wrapped: {what}" for what in dict.fromkeys(wrapping.bare.values())
+    ]
     if not metrics["step"]:
         return [*lines, "warmctl: its step was never called"]
     if wrapping.aside:

@@ -15,6 +15,8 @@ POWERS = 16.0
 """From which on a power of two is taken for a GradScaler's factor, not for a weight that the user gave the loss."""
 SCALED_BACK = 1e-3
 """Relative distance from the unscaled loss's gradient, at which that of the step was scaled and scaled back."""
+SUM = 2
+"""Of a loss of torch.nn.functional, as its node in the graph has the reduction."""
 SCALED = 4096.0
 """A loss multiplied by this or more was scaled for float16, and its gradient is scaled back before the step."""
 
@@ -41,16 +43,21 @@ def loss_scale(loss: Tensor) -> Tensor:
 
 
 def weight_of(loss: Tensor) -> float:
-    """What `loss` was multiplied by last: of the passes of one step, what each counts. No device waits for it."""
+    """What `loss` was multiplied by last: of the passes of one step, what each counts. No device waits for it.
+
+    1 for a sum, whose own count it may have been divided by.
+    """
     node: Any = loss.grad_fn
     weight = 1.0
     while type(node).__name__ in ("MulBackward0", "DivBackward0"):
-        factor = node._saved_other
+        left = node.next_functions[0][0] is None
+        factor = node._saved_self if left else node._saved_other
         if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad or factor.device.type != "cpu":
             break
         weight *= float(factor) if type(node).__name__ == "MulBackward0" else 1.0 / (float(factor) or math.inf)
-        node = node.next_functions[0][0]
-    return weight if 0.0 < weight < math.inf else 1.0
+        node = node.next_functions[int(left)][0]
+    is_sum = type(node).__name__.startswith("Sum") or getattr(node, "_saved_reduction", None) == SUM
+    return weight if 0.0 < weight < math.inf and not is_sum else 1.0
 
 
 def trained_on(losses: Sequence[Tensor], weights: Sequence[Tensor], scaled: bool) -> Tensor | None:

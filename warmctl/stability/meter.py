@@ -205,6 +205,7 @@ class Meter:
             jumped = not distributed.everywhere(not self._jumped(found), params[0].device)
             if jumped and self.sources.trusting:
                 found = self.prober.recheck(found, params, self._probe_seed())
+            self.sources.watch.copy = None
             graph.wanted = graph.wanted or verdict.failures > 0
             return found
         if graph.passes == 0 and verdict.repeats == NEVER:

@@ -151,7 +151,7 @@ class Prober:
         verdict.repeats = UNTRIED
         failure = self._guarded(lambda: self.sources.step_loss(params, self._replays), params)
         spent = found.cost + self._replays.spent
-        if verdict.repeats == EXACT:
+        if verdict.repeats == EXACT or verdict.untried:  # of several micro-batches the next probe will tell
             return replace(found, cost=spent)
         again = failure if isinstance(failure, Measurement) else self.probe(params, seed)
         return replace(again, cost=spent + again.cost, hvps=found.hvps + again.hvps)
