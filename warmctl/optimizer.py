@@ -292,8 +292,8 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the two vectors. The order is that of the checkpoint's format."""
-        controlling = *self.controller.parts, self.cadence.state, self.counts
-        return *controlling, *self.sources.parts, self.meter, self._signals, self._common, self._followers
+        controlling = *self.controller.parts, self.cadence.state, self.counts, self._common
+        return *controlling, *self.sources.parts, self.meter, self._signals, self._followers
 
 
 def _deciding(opt: AdaptiveWarmup, closure: Closure) -> Closure:

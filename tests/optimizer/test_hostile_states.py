@@ -17,6 +17,7 @@ from torch import nn
 from tests.helpers import OwnLoss, assert_same, batch_of, closure_for, everything, mlp, own_loss, train
 from warmctl import AdaptiveWarmup
 from warmctl.checkpoint import AVERAGE, NUMBERS, VECTOR
+from warmctl.common_rate import CommonRate
 from warmctl.follow.followers import Followers
 from warmctl.loss.captured import CapturedSource
 from warmctl.loss.live_graph import LiveGraph
@@ -32,6 +33,7 @@ State = dict[str, Any]
 
 FOUND = ["there", *(entry.name for entry in fields(Measurement) if entry.name != "reason")]
 NAMES_OF: dict[type, list[str]] = {
+    CommonRate: ["first rate of group 0", "first rate of group 1"],
     Followers: [],
     LiveGraph: ["wanted", "passes_before"],
     CapturedSource: ["enabled", "trained_on", "scaled"],
