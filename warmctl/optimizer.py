@@ -292,7 +292,7 @@ class AdaptiveWarmup(OptimizerProxy):
 
     def _parts(self) -> tuple[Saved, ...]:
         """What is saved beside the two vectors. The order is that of the checkpoint's format."""
-        controlling = *self.controller.parts, self.cadence.state, self.counts, self._common
+        controlling: Sequence[Saved] = (*self.controller.parts, self.cadence.state, self.counts, self._common)
         return *controlling, *self.sources.parts, self.meter, self._signals, self._followers
 
 
