@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from warmctl import AdaptiveWarmup
 
-PEAK_RATE, STEPS, BATCH, LENGTH, WIDTH = 0.1, 120, 16, 64, 64
+PEAK_RATE, STEPS, BATCH, LENGTH, WIDTH = 0.1, 80, 16, 64, 64
 
 text = b"".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))[:1_000_000]
 data = torch.tensor(list(text))

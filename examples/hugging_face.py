@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from warmctl import AdaptiveWarmup
 from warmctl.integrations.transformers import log_warmup
 
-PEAK_RATE, STEPS, LENGTH = 0.1, 120, 64
+PEAK_RATE, STEPS, LENGTH = 0.1, 80, 64
 
 text = b"".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))[:640_000]
 rows = [{"input_ids": row, "labels": row} for row in torch.tensor(list(text)).view(-1, LENGTH)]
