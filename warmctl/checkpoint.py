@@ -144,8 +144,7 @@ class SavedState:
         """
         bare, numbers, vectors = unpack(state_dict, self.vectors)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if len(bare["param_groups"]) != len(self.optimizer.param_groups):
-            return bool(self.optimizer.load_state_dict(bare))  # which says so
+        _check_groups(len(bare["param_groups"]), len(self.optimizer.param_groups))
         _check_number(numbers, len(self._values()))
         pairs = [] if numbers is None else self._split(numbers)
         for part, values in pairs:
@@ -169,6 +168,14 @@ class SavedState:
             pairs.append((part, numbers[:size]))
             numbers = numbers[size:]
         return pairs
+
+
+def _check_groups(saved: int, present: int) -> None:
+    if saved != present:
+        raise ValueError(
+            f"the state dict has {saved} parameter groups and the optimizer {present}: different numbers, they must be "
+            "built as they were when it was saved"
+        )
 
 
 def _check_number(numbers: list[float] | None, expected: int) -> None:

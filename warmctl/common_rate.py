@@ -28,10 +28,10 @@ class CommonRate:
     def restart(self) -> None:
         """The present rates are the first ones; of a group at 0, which may take turns with others, its own remains."""
         self._first = [0.0 if rate else first for first, rate in zip(self._known, self._rates, strict=True)]
-        self.joined()
+        self.note_first_rates()
 
-    def joined(self) -> bool:
-        """Whether a group begins to train later than others, for the first time. Notes the first rates."""
+    def note_first_rates(self) -> bool:
+        """Call it at each step. Returns whether a group begins to train later than others, for the first time."""
         before, rates = self._known, self._rates
         least = TINY * (max(before, default=0.0) or max(rates, default=0.0))
         self._first = [first or (rate if rate >= least else 0.0) for first, rate in zip(before, rates, strict=True)]

@@ -319,7 +319,7 @@ def _follow_parameters(opt: AdaptiveWarmup) -> None:
     """See which train. Those thawed, added or given a rate, since a save too, were never measured: warmup restarts."""
     opt._saved.withdraw()
     thawed = opt.sources.follow(opt.trainable) or 0 < opt.counts.trained < len(opt.sources.params)
-    if opt._common.joined() or thawed:
+    if opt._common.note_first_rates() or thawed:
         opt.restart()
     opt.counts.trained = len(opt.sources.params)
 

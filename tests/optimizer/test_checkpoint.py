@@ -380,3 +380,16 @@ def test_a_checkpoint_of_a_step_hook_has_the_values_between_steps() -> None:
     between = [{k: v for k, v in g.items() if k not in ("params", "warmctl")} for g in opt.base.param_groups]
     found = [{k: group[k] for k in own} for group, own in zip(saved[-1]["param_groups"], between, strict=True)]
     assert_same(found, between)
+
+
+@pytest.mark.parametrize("saved, present", [(1, 2), (2, 1)])
+def test_another_number_of_groups_is_said_to_be_that_with_followers_too(saved: int, present: int) -> None:
+    def of(groups: int) -> AdaptiveWarmup:
+        model = mlp()
+        layers = [model] if groups == 1 else [model[0], model[2]]
+        return AdaptiveWarmup(torch.optim.SGD([{"params": m.parameters()} for m in layers], 0.1), model).follow(
+            WeightDecay("delay")
+        )
+
+    with pytest.raises(ValueError, match=f"{saved} parameter groups and the optimizer {present}"):
+        of(present).load_state_dict(of(saved).state_dict())

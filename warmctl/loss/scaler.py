@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,20 +26,14 @@ def loss_scale(loss: Tensor) -> Tensor:
 
     No device waits for it.
     """
-    node: Any = loss.grad_fn
-    found, last = torch.ones(()), True
-    while type(node).__name__ in ("MulBackward0", "DivBackward0"):
-        factor = node._saved_other
-        if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad:
-            break
+    for index, (node, factor) in enumerate(_last_factors(loss)):
         if factor.dtype == torch.float32:  # no number of Python's
-            if type(node).__name__ == "MulBackward0":
+            if type(node).__name__ == "MulBackward0" and not _on_the_left(node):
                 factor = factor.detach()
                 power = (factor >= POWERS) & (torch.frexp(factor).mantissa == 0.5)
-                found = torch.where(power | (factor >= SCALED) if last else power, factor, 1.0).reshape(())
+                return torch.where(power if index else power | (factor >= SCALED), factor, 1.0).reshape(())
             break  # what comes before a tensor is a weight of the user's: n / total
-        node, last = node.next_functions[0][0], False
-    return found
+    return torch.ones(())
 
 
 def weight_of(loss: Tensor) -> float:
@@ -47,17 +41,31 @@ def weight_of(loss: Tensor) -> float:
 
     1 for a sum, whose own count it may have been divided by.
     """
-    node: Any = loss.grad_fn
-    weight = 1.0
-    while type(node).__name__ in ("MulBackward0", "DivBackward0"):
-        left = node.next_functions[0][0] is None
-        factor = node._saved_self if left else node._saved_other
-        if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad or factor.device.type != "cpu":
+    weight, within = 1.0, loss.grad_fn
+    for node, factor in _last_factors(loss):
+        if factor.device.type != "cpu":
             break
         weight *= float(factor) if type(node).__name__ == "MulBackward0" else 1.0 / (float(factor) or math.inf)
-        node = node.next_functions[int(left)][0]
-    is_sum = type(node).__name__.startswith("Sum") or getattr(node, "_saved_reduction", None) == SUM
+        within = node.next_functions[int(_on_the_left(node))][0]
+    is_sum = type(within).__name__.startswith("Sum") or getattr(within, "_saved_reduction", None) == SUM
     return weight if 0.0 < weight < math.inf and not is_sum else 1.0
+
+
+def _last_factors(loss: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """The nodes that multiply and divide `loss` by one number each before its backward pass, the last first."""
+    node: Any = loss.grad_fn
+    while type(node).__name__ in ("MulBackward0", "DivBackward0"):
+        left = _on_the_left(node)
+        factor = node._saved_self if left else node._saved_other
+        if not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad:
+            return
+        yield node, factor
+        node = node.next_functions[int(left)][0]
+
+
+def _on_the_left(node: Any) -> bool:
+    """Whether the number is the first factor."""
+    return node.next_functions[0][0] is None
 
 
 def trained_on(losses: Sequence[Tensor], weights: Sequence[Tensor], scaled: bool) -> Tensor | None:

@@ -149,11 +149,11 @@ class Prober:
         """
         verdict = self.sources.verdict
         verdict.repeats = UNTRIED
-        failure = self._guarded(lambda: self.sources.step_loss(params, self._replays), params)
+        self._guarded(lambda: self.sources.step_loss(params, self._replays), params)
         spent = found.cost + self._replays.spent
-        if verdict.repeats == EXACT or verdict.untried:  # of several micro-batches the next probe will tell
+        if verdict.repeats == EXACT or verdict.untried:  # then the next probe will tell, as of several micro-batches
             return replace(found, cost=spent)
-        again = failure if isinstance(failure, Measurement) else self.probe(params, seed)
+        again = self.probe(params, seed)
         return replace(again, cost=spent + again.cost, hvps=found.hvps + again.hvps)
 
     def on_graph(self, loss: Tensor, params: list[Tensor], seed: int) -> Measurement:
