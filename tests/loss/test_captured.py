@@ -252,3 +252,20 @@ def test_a_reading_that_jumps_by_itself_is_compared_once_more_and_stands() -> No
         costs.append(opt.meter.last.cost)
     assert costs == [5, 2, 3, 2]
     assert opt.sources.verdict.repeats == EXACT and opt.metrics["sharpness"] > 3.0 * opt.history["sharpness"][1]
+
+
+def test_a_reading_of_several_micro_batches_that_jumps_is_not_made_twice() -> None:
+    """The comparison needs the first of them, which is kept only where it is awaited."""
+    model = OwnLoss()
+    opt = AdaptiveWarmup(SGD(model.parameters(), 1e-5), model, control=False, every=1)
+    products = []
+    for size in (1.0, 1.0, 30.0, 30.0, 30.0):
+        opt.zero_grad()
+        for part in range(2):
+            x, y = batch_of(part)
+            (model((size * x, y))["loss"] / 2).backward()
+        opt.step()
+        assert opt.meter.last is not None
+        products.append(opt.meter.last.hvps)
+    assert products == [4, 2, 2, 2, 2]
+    assert opt.metrics["sharpness"] > 3.0 * opt.history["sharpness"][1] and opt.sources.verdict.repeats == EXACT

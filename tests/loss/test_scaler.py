@@ -70,7 +70,7 @@ def test_a_scaler_that_begins_low_is_told_from_a_weight_by_what_was_divided_out(
     assert run(torch.amp.GradScaler("cpu", init_scale=2.0**10)) == pytest.approx(plain, rel=1e-2)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [7, 38])  # where it is opposed, of the first forty
 def test_a_scaler_that_begins_low_is_told_though_the_last_micro_batch_is_small_and_opposed(seed: int) -> None:
     def run(scaler: torch.amp.GradScaler) -> float:
         model, generator = OwnLoss(), torch.Generator().manual_seed(seed)

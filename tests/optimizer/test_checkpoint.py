@@ -387,9 +387,8 @@ def test_another_number_of_groups_is_said_to_be_that_with_followers_too(saved: i
     def of(groups: int) -> AdaptiveWarmup:
         model = mlp()
         layers = [model] if groups == 1 else [model[0], model[2]]
-        return AdaptiveWarmup(torch.optim.SGD([{"params": m.parameters()} for m in layers], 0.1), model).follow(
-            WeightDecay("delay")
-        )
+        base = torch.optim.AdamW([{"params": layer.parameters()} for layer in layers], 0.1)
+        return AdaptiveWarmup(base, model).follow(WeightDecay("delay"))
 
     with pytest.raises(ValueError, match=f"{saved} parameter groups and the optimizer {present}"):
         of(present).load_state_dict(of(saved).state_dict())
